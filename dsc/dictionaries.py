@@ -1,0 +1,236 @@
+"""Dictionaries D: synthesize ``Dz``, analyze ``Dᵀx``, a certified Lipschitz constant, atoms and coherence.
+
+Weights are laid out as the `nn.Linear` or `nn.Conv2d` that computes ``Dᵀx``, one atom a row, so a plain layer's
+weights are a dictionary and the other way round.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dsc import measures
+
+SAFETY = 1.05  # a power iteration approaches L from below; the margin covers what is missing
+
+
+class Dictionary(nn.Module):
+    """A linear map D from codes to signals, with ``weight`` of shape (atoms, …) holding its atoms.
+
+    `curvature()` is what step sizes are made of. While training it follows ``L = ‖D‖²`` by one power iteration a
+    call (weights move little between steps) and passes gradients to the weights; in evaluation it is the
+    certified bound `lipschitz()`, computed once after the weights changed.
+    """
+
+    weight: nn.Parameter
+    bound: Tensor
+    probe: Tensor
+
+    def __init__(self, weight: Tensor, probe: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.register_buffer("probe", probe)
+        self.register_buffer("bound", torch.ones(()), persistent=False)
+        self._bound_of: tuple[int, int] | None = None
+        self.normalize_()
+        with torch.no_grad():
+            for _ in range(20):
+                self._power_iteration()
+
+    @property
+    def num_atoms(self) -> int:
+        """Number of atoms (channels of the code)."""
+        return self.weight.shape[0]
+
+    def synthesize(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Signal ``Dz``; `size` is the signal's spatial size (dense dictionaries ignore it)."""
+        raise TypeError(f"{type(self).__name__} defines no synthesis")
+
+    def analyze(self, x: Tensor) -> Tensor:
+        """Correlations ``Dᵀx``, the exact adjoint of `synthesize`."""
+        raise TypeError(f"{type(self).__name__} defines no analysis")
+
+    def lipschitz(self) -> Tensor:
+        """Upper bound of ``‖D‖²``, the Lipschitz constant of the gradient of ``½‖x − Dz‖²``."""
+        raise TypeError(f"{type(self).__name__} defines no Lipschitz bound")
+
+    def curvature(self) -> Tensor:
+        """L for a step size: a warm estimate with gradient while training, the certified bound otherwise."""
+        if not self.training:
+            self._refresh()
+            return self.bound
+        with torch.no_grad():
+            self._power_iteration()
+        # A clone: the next call moves the probe in place, while this graph may still wait for its backward.
+        return SAFETY * self._synthesize_probe(self.probe.clone()).square().sum()
+
+    def _power_iteration(self) -> None:
+        image = self._analyze_probe(self._synthesize_probe(self.probe))
+        self.probe.copy_(image / image.norm())
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        if torch.compiler.is_compiling():  # `train` refreshed the bound before
+            return
+        current = (id(self.weight), self.weight._version)
+        if self._bound_of != current:
+            self.bound.copy_(self.lipschitz() * (1 + 4 * torch.finfo(self.weight.dtype).eps))
+            self._bound_of = current
+
+    def train(self, mode: bool = True) -> "Dictionary":
+        super().train(mode)
+        if not mode:
+            self._refresh()
+        return self
+
+    def _synthesize_probe(self, z: Tensor) -> Tensor:
+        return self.synthesize(z)
+
+    def _analyze_probe(self, x: Tensor) -> Tensor:
+        return self.analyze(x)
+
+    @torch.no_grad()
+    def normalize_(self) -> "Dictionary":
+        """Scale every atom to unit norm, in place. Raises ValueError for a zero atom."""
+        norms = self.weight.flatten(1).norm(dim=1)
+        if (norms == 0).any():
+            raise ValueError(f"atom {int(norms.argmin())} is zero and cannot be normalised")
+        self.weight.div_(norms.reshape(-1, *[1] * (self.weight.ndim - 1)))
+        return self
+
+    def coherence(self) -> Tensor:
+        """Largest absolute cosine between two atoms (translates of an atom are not compared)."""
+        return measures.coherence(self.weight.flatten(1))
+
+    def block_coherence(self, group_size: int) -> Tensor:
+        """``max_{g≠h} ‖A_gᵀA_h‖₂/d`` of unit-norm atoms in groups of d consecutive ones (arXiv 2102.07003)."""
+        return measures.block_coherence(self.weight.flatten(1), group_size)
+
+
+class DenseDictionary(Dictionary):
+    """``D ∈ R^{features × atoms}`` acting on the last dimension: signals (…, features), codes (…, atoms)."""
+
+    def __init__(self, num_features: int, num_atoms: int) -> None:
+        _positive(num_features=num_features, num_atoms=num_atoms)
+        self.num_features = num_features
+        super().__init__(torch.randn(num_atoms, num_features), torch.randn(num_atoms))
+
+    def synthesize(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        return z @ self.weight
+
+    def analyze(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def gram(self) -> Tensor:
+        """``DᵀD``, shape (atoms, atoms)."""
+        return self.weight @ self.weight.mT
+
+    def lipschitz(self) -> Tensor:
+        weight = self.weight.double()
+        small = weight.mT @ weight if self.num_atoms > self.num_features else weight @ weight.mT
+        return torch.linalg.eigvalsh(small)[-1].to(self.weight.dtype)
+
+    def atoms(self, in_chans: int = 1) -> Tensor:
+        """Atoms as square images, (atoms, in_chans, size, size). Raises ValueError where they are not square."""
+        size = math.isqrt(self.num_features // in_chans)
+        if in_chans * size * size != self.num_features:
+            raise ValueError(f"{self.num_features} features are no {in_chans}-channel square image")
+        return self.weight.detach().reshape(-1, in_chans, size, size)
+
+    def extra_repr(self) -> str:
+        return f"features={self.num_features}, atoms={self.num_atoms}"
+
+
+class ConvDictionary(Dictionary):
+    """Translates of small atoms: ``Dᵀx`` is `conv2d`, ``Dz`` its transpose; images (batch, channels, h, w).
+
+    Any image size at least the kernel's; `stride` and zero `padding` are `nn.Conv2d`'s.
+    """
+
+    def __init__(
+        self, in_channels: int, num_atoms: int, kernel_size: int, stride: int = 1, padding: int = 0
+    ) -> None:
+        _positive(in_channels=in_channels, num_atoms=num_atoms, kernel_size=kernel_size, stride=stride)
+        if not 0 <= padding < kernel_size:
+            raise ValueError(f"padding must be in [0, kernel_size={kernel_size}), got {padding}")
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        weight = torch.randn(num_atoms, in_channels, kernel_size, kernel_size)
+        # The power iteration runs on a torus wide enough that no atom meets itself.
+        side = 2 * -(-kernel_size // stride)
+        super().__init__(weight, torch.randn(1, num_atoms, side, side))
+
+    def synthesize(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        rows, columns = (self._rest(z, size, i) for i in (-2, -1)) if size is not None else (0, 0)
+        return F.conv_transpose2d(
+            z, self.weight, stride=self.stride, padding=self.padding, output_padding=(rows, columns)
+        )
+
+    def _rest(self, z: Tensor, size: Sequence[int], i: int) -> int:
+        # A strided convolution drops up to stride − 1 pixels at the far edge: its adjoint puts zeros there.
+        reached = (z.shape[i] - 1) * self.stride + self.kernel_size - 2 * self.padding
+        if not 0 <= size[i] - reached < self.stride:
+            raise ValueError(f"a code of size {tuple(z.shape[-2:])} does not come from signals of size {tuple(size)}")
+        return size[i] - reached
+
+    def analyze(self, x: Tensor) -> Tensor:
+        if min(x.shape[-2:]) + 2 * self.padding < self.kernel_size:
+            raise ValueError(
+                f"image of {x.shape[-2]}×{x.shape[-1]} pixels is too small: with kernel_size={self.kernel_size} "
+                f"and padding={self.padding} it needs at least {self.kernel_size - 2 * self.padding} a side"
+            )
+        return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
+
+    def polyphase(self) -> Tensor:
+        """The same map at stride 1 on `pixel_unshuffle`d images: (atoms, channels·stride², k', k')."""
+        grown = -self.kernel_size % self.stride
+        return F.pixel_unshuffle(F.pad(self.weight, (0, grown, 0, grown)), self.stride)
+
+    def lipschitz(self) -> Tensor:
+        """``max_ω λ_max(Ŵ(ω)ᴴŴ(ω))`` over a grid, with the bound for what lies between its points.
+
+        Zero-padded or cropped images of any size have a smaller norm than the infinite image that this symbol
+        describes. Each ``vᴴĜ(ω)v`` is a trigonometric polynomial of degree k' − 1, so its maximum is at most
+        ``1/cos(π(k' − 1)/N)`` times that on an N-point grid, once a dimension (Ehlich and Zeller 1964).
+        """
+        kernel = self.polyphase().float()
+        degree = kernel.shape[-1] - 1
+        points = max(1, 16 * degree)
+        symbol = torch.fft.rfft2(kernel, s=(points, points)).permute(2, 3, 0, 1).flatten(0, 1)
+        symbol = symbol if symbol.shape[1] >= symbol.shape[2] else symbol.mH
+        largest = torch.linalg.eigvalsh(symbol.mH @ symbol)[:, -1].max()
+        rounding = 1 + 1e-5  # of the single-precision eigenvalues
+        return (rounding * largest / math.cos(math.pi * degree / points) ** 2).to(self.weight.dtype)
+
+    def _synthesize_probe(self, z: Tensor) -> Tensor:
+        kernel = self.polyphase()
+        x = F.conv_transpose2d(z, kernel)
+        return self._wrap(x, z.shape[-1], kernel.shape[-1] - 1)
+
+    def _analyze_probe(self, x: Tensor) -> Tensor:
+        kernel = self.polyphase()
+        edge = kernel.shape[-1] - 1
+        return F.conv2d(F.pad(x, (0, edge, 0, edge), mode="circular"), kernel)
+
+    @staticmethod
+    def _wrap(x: Tensor, side: int, edge: int) -> Tensor:
+        # The adjoint of circular padding: what reaches past the far edge is added at the near one.
+        if edge == 0:
+            return x
+        x = torch.cat([x[..., :edge] + x[..., side:], x[..., edge:side]], -1)
+        return torch.cat([x[..., :edge, :] + x[..., side:, :], x[..., edge:side, :]], -2)
+
+    def atoms(self) -> Tensor:
+        """Atoms as images, (atoms, channels, kernel_size, kernel_size)."""
+        return self.weight.detach()
+
+    def extra_repr(self) -> str:
+        atoms, channels = self.weight.shape[:2]
+        return f"{channels}, {atoms}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,130 @@
+"""Checkpoint folders in the Hugging Face Hub layout that timm reads: find, verify, read and write them.
+
+A folder holds `config.json` (timm's keys, and ours under `dsc`), `model.safetensors` and `README.md`. No pickle is
+ever read.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dsc._names import unknown
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+def checkpoint_folders() -> dict[str, Path]:
+    """Published checkpoints by name (`architecture.tag`): inside an installed package, or beside it in a clone."""
+    package = Path(__file__).resolve().parent
+    folders: dict[str, Path] = {}
+    for root in (package.parent / "checkpoints", package / "checkpoints"):
+        folders |= {path.parent.name: path.parent for path in sorted(root.glob(f"*/{CONFIG}"))}
+    return folders
+
+
+def find(name: str) -> Path:
+    """Folder of a published checkpoint. Raises ValueError for an unknown name, with the nearest."""
+    folders = checkpoint_folders()
+    if name not in folders:
+        raise ValueError(unknown("checkpoint", name, folders))
+    return folders[name]
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint folder. Raises FileNotFoundError, or ValueError where it is not ours."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no {CONFIG}")
+    config = json.loads(path.read_text())
+    if "dsc" not in config or "architecture" not in config:
+        raise ValueError(f"{path} lacks 'architecture' or 'dsc': it was not written by dsc")
+    return config  # type: ignore[no-any-return]
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Weights of a checkpoint folder, once their SHA-256 agrees with its `config.json`.
+
+    Raises:
+        FileNotFoundError: no weights. ValueError: another hash: the file was altered or truncated.
+    """
+    expected = read_config(folder)["dsc"]["sha256"]
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(p.name for p in Path(folder).iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+        refused = f" ({', '.join(pickles)} may hold a pickle and is not read)" if pickles else ""
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}{refused}")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        raise ValueError(f"{path} was altered or truncated: its SHA-256 is {found}, {CONFIG} says {expected}")
+    return load_file(path)
+
+
+def load_weights(model: nn.Module, folder: str | Path, skip: tuple[str, ...] = ()) -> None:
+    """Load a checkpoint folder's weights strictly; keys that start with an entry of `skip` are left as they are.
+
+    Raises ValueError naming the missing, unexpected and differently shaped keys.
+    """
+    weights = {k: v for k, v in read_weights(folder).items() if not k.startswith(skip or ("\0",))}
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(skip or ("\0",))}
+    problems = [f"missing {key}" for key in own.keys() - weights.keys()]
+    problems += [f"unexpected {key}" for key in weights.keys() - own.keys()]
+    problems += [
+        f"{key} has shape {tuple(weights[key].shape)}, the model {tuple(own[key].shape)}"
+        for key in own.keys() & weights.keys()
+        if own[key].shape != weights[key].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:8]) + ("; …" if len(problems) > 8 else "")
+        raise ValueError(f"{folder} holds another architecture ({read_config(folder)['architecture']}): {shown}")
+    model.load_state_dict(weights, strict=not skip)
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    architecture: str,
+    model_args: dict[str, Any],
+    pretrained_cfg: dict[str, Any],
+    facts: dict[str, Any],
+) -> Path:
+    """Write a checkpoint folder; `facts` are our own keys (activation, data set, metrics, …).
+
+    Raises FileExistsError rather than replace another checkpoint.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CONFIG).exists():
+        raise FileExistsError(f"{folder} holds a checkpoint already: it is never overwritten")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    config = {
+        "architecture": architecture,
+        "num_classes": pretrained_cfg["num_classes"],
+        "model_args": model_args,
+        "pretrained_cfg": pretrained_cfg,
+        "dsc": facts
+        | {
+            "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+            "torch": torch.__version__,
+        },
+    }
+    (folder / CARD).write_text(card(config))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return folder
+
+
+def card(config: dict[str, Any]) -> str:
+    """Model card of a checkpoint, in Markdown, from its `config.json` alone."""
+    facts = config["dsc"]
+    name = f"{config['architecture']}, {facts['dataset']}, {facts['activation']}"
+    rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in facts["metrics"].items())
+    return (
+        "---\nlibrary_name: timm\nlicense: mit\ntags: [sparse-coding, deep-sparse-coding]\n---\n"
+        f"# {name}\n\nTrained with `{facts['command']}` (seed {facts['seed']}).\n\n"
+        f"| test figure | value |\n| --- | --- |\n{rows}\n\n"
+        "```python\nimport dsc\n\nmodel = dsc.load(\"path/to/this/folder\").eval()\n```\n"
+    )

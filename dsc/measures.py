@@ -1,0 +1,90 @@
+"""Every quantity once, as a pure function of tensors."""
+
+import torch
+from torch import Tensor
+
+from dsc.prox import grouped
+
+
+def active_fraction(z: Tensor) -> Tensor:
+    """Fraction of entries that are not exactly zero, in [0, 1]."""
+    return (z != 0).float().mean()
+
+
+def active_group_fraction(z: Tensor, group_size: int, dim: int = 1) -> Tensor:
+    """Fraction of groups with any entry that is not zero, in [0, 1]."""
+    return (grouped(z, group_size, dim) != 0).any(dim % z.ndim + 1).float().mean()
+
+
+def hoyer(z: Tensor) -> Tensor:
+    """Hoyer index ``(√n − ‖z‖₁/‖z‖₂)/(√n − 1)`` of each signal: 0 for equal entries, 1 for a single one.
+
+    Shape (signals,); signals whose code is all zero have no index and are left out (Hoyer 2004).
+    """
+    flat = z.flatten(1).float()
+    flat = flat[flat.any(1)]
+    root = flat.shape[1] ** 0.5
+    return (root - flat.norm(p=1, dim=1) / flat.norm(dim=1)) / (root - 1)
+
+
+def mean_l1(z: Tensor) -> Tensor:
+    """Mean absolute entry, ``‖z‖₁/n``."""
+    return z.abs().mean()
+
+
+def mean_group_l21(z: Tensor, group_size: int, dim: int = 1) -> Tensor:
+    """Mean group norm by entry, ``Σ_g ‖z_g‖₂/n``; with groups of one entry this is `mean_l1`."""
+    norms = torch.linalg.vector_norm(grouped(z, group_size, dim), dim=dim % z.ndim + 1)
+    return norms.sum() / z.numel()
+
+
+def hoyer_square(z: Tensor) -> Tensor:
+    """Mean over signals of ``‖z‖₁²/(n‖z‖₂²)``, in (0, 1] and 0 for a zero code (DeepHoyer, Yang et al. 2020)."""
+    flat = z.flatten(1)
+    energy = flat.square().sum(1).clamp_min(torch.finfo(flat.dtype).tiny ** 0.5)
+    return (flat.abs().sum(1).square() / energy).mean() / flat.shape[1]
+
+
+def active_units(z: Tensor, dim: int = 1) -> Tensor:
+    """Which channels along `dim` are anywhere not zero: bool (channels,)."""
+    others = [i for i in range(z.ndim) if i != dim % z.ndim]
+    return (z != 0).any(dim=others) if others else z != 0
+
+
+def relative_error(z: Tensor, reference: Tensor) -> Tensor:
+    """``‖z − z_ref‖/‖z_ref‖`` over the whole batch. A reference of zero has none: raises ValueError."""
+    scale = reference.norm()
+    if scale == 0:
+        raise ValueError("the reference code is zero: a relative error has no meaning")
+    return (z - reference).norm() / scale
+
+
+def fitted_rate(errors: Tensor, floor: float = 1e-6) -> Tensor | None:
+    """Rate a step: exp of the least-squares slope of log errors, over the leading ones above `floor`.
+
+    None where fewer than two errors are left or one is not finite.
+    """
+    errors = errors.detach().double()
+    above = errors > floor
+    errors = errors[: int(above.long().cumprod(0).sum())]
+    if len(errors) < 2 or not errors.isfinite().all():
+        return None
+    steps = torch.arange(len(errors), dtype=errors.dtype, device=errors.device)
+    centred = steps - steps.mean()
+    return ((centred * errors.log()).sum() / centred.square().sum()).exp()
+
+
+def coherence(atoms: Tensor) -> Tensor:
+    """Largest absolute cosine between two rows of `atoms`, in [0, 1]."""
+    unit = torch.nn.functional.normalize(atoms, dim=1)
+    gram = (unit @ unit.mT).abs()
+    return gram.fill_diagonal_(0).max()
+
+
+def block_coherence(atoms: Tensor, group_size: int) -> Tensor:
+    """``max_{g≠h} ‖A_gᵀA_h‖₂/d`` of the normalised rows in groups of d consecutive ones (arXiv 2102.07003)."""
+    unit = torch.nn.functional.normalize(atoms, dim=1)
+    blocks = grouped(unit, group_size, 0)
+    products = torch.einsum("gdn,hen->ghde", blocks, blocks)
+    norms = torch.linalg.matrix_norm(products, ord=2) / group_size
+    return norms.fill_diagonal_(0).max()

@@ -1,0 +1,148 @@
+"""How sparse codes are, as torchmetrics, and how fast they converge.
+
+Names say the unit: a *fraction* lies in [0, 1], *hoyer* is the Hoyer index in [0, 1], *rate* is the factor an
+error shrinks by in a step, *error* is relative to the converged code.
+"""
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from dsc import measures
+from dsc.layers import SparseCoding
+from dsc.observe import Observer, SparseLayer, coder_inputs, sparse_layers
+from dsc.solvers import ISTA
+
+RATE_STEPS = 32  # a rate is fitted over the errors after 1 … this many steps
+
+
+class ActiveFraction(MeanMetric):
+    """Fraction of code entries that are not zero, over all signals."""
+
+    def update(self, z: Tensor) -> None:  # type: ignore[override]
+        super().update(measures.active_fraction(z), weight=z.numel())
+
+
+class ActiveGroupFraction(MeanMetric):
+    """Fraction of groups with an entry that is not zero, over all signals."""
+
+    def __init__(self, group_size: int, dim: int = 1) -> None:
+        super().__init__()
+        self.group_size, self.dim = group_size, dim
+
+    def update(self, z: Tensor) -> None:  # type: ignore[override]
+        fraction = measures.active_group_fraction(z, self.group_size, self.dim)
+        super().update(fraction, weight=z.numel() // self.group_size)
+
+
+class HoyerIndex(MeanMetric):
+    """Mean Hoyer index over the signals whose code is not all zero; NaN if there is none."""
+
+    def update(self, z: Tensor) -> None:  # type: ignore[override]
+        values = measures.hoyer(z)
+        if len(values):
+            super().update(values)
+
+
+class DeadFraction(Metric):
+    """Fraction of channels that are zero for every signal and everywhere."""
+
+    active: Tensor
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+        self.add_state("active", torch.zeros(()), dist_reduce_fx="max")
+
+    def update(self, z: Tensor) -> None:
+        self.active = torch.maximum(self.active, measures.active_units(z, self.dim).float())
+
+    def compute(self) -> Tensor:
+        return 1 - self.active.mean()
+
+
+class SparsityMetrics(nn.Module):
+    """Every sparsity figure of a model's sparse layers, per layer and in total.
+
+    `update(observer)` after each forward; `compute()` gives ``{"active_fraction/<layer>": …}`` and the like. A
+    figure without meaning (groups of a layer that has none, an index of zero codes) is absent.
+    """
+
+    def __init__(self, layers: dict[str, SparseLayer]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.total = ActiveFraction()
+        self.by_layer = nn.ModuleDict()
+
+    def update(self, observer: Observer) -> None:
+        """Take in the codes of the latest forward."""
+        for name, codes in observer.features.items():
+            for z in codes:
+                self.total.update(z.detach())
+                for metric in self._metrics(name, z).values():
+                    metric.update(z.detach())  # type: ignore[operator]
+
+    def _metrics(self, name: str, z: Tensor) -> nn.ModuleDict:
+        key = name.replace(".", "/")  # a module's name may hold no dot
+        if key not in self.by_layer:
+            prox = self.layers[name].prox
+            metrics: dict[str, Metric] = {
+                "active_fraction": ActiveFraction(),
+                "hoyer": HoyerIndex(),
+                "dead_fraction": DeadFraction(prox.dim),
+            }
+            if prox.is_grouped:
+                size = prox.group_size_of(z.shape[prox.dim])
+                metrics["active_group_fraction"] = ActiveGroupFraction(size, prox.dim)
+            self.by_layer[key] = nn.ModuleDict(metrics).to(z.device)
+        return self.by_layer[key]  # type: ignore[return-value]
+
+    def compute(self) -> dict[str, float]:
+        """All figures since the last `reset`, by ``<quantity>/<layer>`` and ``active_fraction/total``."""
+        values = {"active_fraction/total": self.total.compute()} if self.by_layer else {}
+        for key, metrics in self.by_layer.items():
+            for quantity, metric in metrics.items():  # type: ignore[operator]
+                values[f"{quantity}/{key.replace('/', '.')}"] = metric.compute()
+        return {name: float(value) for name, value in values.items() if value.isfinite()}
+
+    def reset(self) -> None:
+        """Forget what was taken in."""
+        for module in self.modules():
+            if isinstance(module, Metric):
+                module.reset()
+
+
+def convergence_errors(
+    coder: SparseCoding, x: Tensor, steps: int = RATE_STEPS, solver: type[ISTA] | None = None, reference: Tensor | None = None
+) -> Tensor:
+    """``‖z_k − z_ref‖/‖z_ref‖`` for k = 1…`steps` of the layer's own iteration with input `x`, shape (steps,).
+
+    Raises ValueError where the converged code is zero.
+    """
+    reference = coder.reference(x) if reference is None else reference
+    return torch.stack([measures.relative_error(z, reference) for z in coder.trace(x, steps, solver)])
+
+
+def convergence(model: nn.Module, x: Tensor) -> dict[str, float]:
+    """``rate``, ``error`` and ``steps`` of every `SparseCoding` layer of `model` on the images `x`.
+
+    Each layer runs its own step on its frozen input. Absent where it has no meaning: an activation that is no
+    prox, a code that converges to zero, a rate with fewer than two errors above 1e-6.
+    """
+    figures: dict[str, float] = {}
+    with torch.no_grad():
+        inputs = coder_inputs(model, x)
+    for name, layer in sparse_layers(model).items():
+        if layer.coder is None or not layer.prox.is_prox:
+            continue
+        reference = layer.coder.reference(inputs[name])
+        if not reference.any():
+            continue
+        depth = layer.coder.solver.steps
+        errors = convergence_errors(layer.coder, inputs[name], max(depth, RATE_STEPS), reference=reference)
+        figures[f"steps/{name}"] = depth
+        figures[f"error/{name}"] = float(errors[depth - 1])
+        rate = measures.fitted_rate(errors[:RATE_STEPS])
+        if rate is not None:
+            figures[f"rate/{name}"] = float(rate)
+    return figures

@@ -1,0 +1,101 @@
+"""The zoo: one file a family, each entry registered with timm, and the one door to all of them."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import is_model, split_model_name_tag
+from torch import nn
+
+from dsc import hub
+from dsc._names import unknown
+from dsc.models import autoencoder, cnn, transformer
+from dsc.models._build import Act
+from dsc.models.backbones import create_backbone, swap_activations
+from dsc.prox import Activation
+
+__all__ = ["create_model", "list_models", "load", "swap_activations"]
+
+FAMILIES = (cnn, transformer, autoencoder)
+
+
+def list_models() -> list[str]:
+    """Architectures of this library, sorted; timm's backbones come on top of them."""
+    return sorted({name for family in FAMILIES for name in family.default_cfgs})
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    activation: Activation | None = None,
+    group_size: int | None = None,
+    groups: int | None = None,
+    threshold: float | None = None,
+    learn_threshold: bool | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Model by name: one of ours (`architecture` or `architecture.tag`), or any of timm's with `activation` swapped in.
+
+    Args:
+        pretrained: load a published checkpoint (its hash is verified), or timm's own weights for its backbones.
+        activation: see `dsc.list_activations()`; None keeps the model's own.
+        group_size, groups, threshold, learn_threshold: the activation's arguments.
+        **kwargs: the model's own, as `num_classes` and `in_chans`.
+
+    Raises:
+        ValueError: an unknown name (with the nearest), or arguments that contradict a checkpoint.
+    """
+    architecture, tag = split_model_name_tag(name)
+    given = dict(activation=activation, group_size=group_size, groups=groups, threshold=threshold)
+    given = {k: v for k, v in (given | dict(learn_threshold=learn_threshold)).items() if v is not None}
+    if architecture in list_models():
+        if not pretrained:
+            return timm.create_model(architecture, pretrained_cfg=tag or None, **given, **kwargs)  # type: ignore[no-any-return]
+        folder = hub.find(name if tag else _default_checkpoint(architecture))
+        return _load(folder, given | kwargs)
+    if not is_model(architecture):
+        raise ValueError(unknown("model", name, [*list_models(), *timm.list_models()])[:400] + " …")
+    if activation is None:
+        if given:
+            raise ValueError(f"{', '.join(given)} given without an activation to swap into {name}")
+        return timm.create_model(name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
+    act = Act(activation, group_size, groups, threshold, learn_threshold)
+    return create_backbone(name, act, pretrained, **kwargs)
+
+
+def load(folder: str | Path, **kwargs: Any) -> nn.Module:
+    """Model of a checkpoint folder (published, or a run's `best`), its weights verified and loaded strictly.
+
+    Another `num_classes` replaces the head by a fresh one.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder, an altered file, another architecture.
+    """
+    return _load(Path(folder), kwargs)
+
+
+def _load(folder: Path, kwargs: dict[str, Any]) -> nn.Module:
+    config = hub.read_config(folder)
+    saved = config["model_args"]
+    for key, value in kwargs.items():
+        if key in saved and key != "num_classes" and saved[key] != value:
+            raise ValueError(f"checkpoint {folder.name} was trained with {key}={saved[key]!r}, not {value!r}")
+    features_only = kwargs.get("features_only", False)
+    args = saved | {k: v for k, v in kwargs.items() if k not in ("features_only", "out_indices")}
+    model = create_model(config["architecture"], **args)
+    new_head = args.get("num_classes", config["num_classes"]) != config["num_classes"]
+    classifier = config["pretrained_cfg"].get("classifier")
+    hub.load_weights(model, folder, skip=(f"{classifier}.",) if new_head and classifier else ())
+    model.pretrained_cfg = {**model.pretrained_cfg, **config["pretrained_cfg"]}  # type: ignore[dict-item]
+    if features_only:
+        wrapped = create_model(config["architecture"], **saved, **kwargs)
+        wrapped.load_state_dict(model.state_dict(), strict=False)
+        return wrapped
+    return model
+
+
+def _default_checkpoint(architecture: str) -> str:
+    tagged = [name for name in hub.checkpoint_folders() if name.split(".")[0] == architecture]
+    if not tagged:
+        raise ValueError(f"{architecture} has no published checkpoint yet: use pretrained=False, or dsc.load(folder)")
+    return tagged[0]

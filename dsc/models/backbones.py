@@ -1,0 +1,59 @@
+"""Any timm backbone with its activations swapped for a prox."""
+
+import timm
+from timm.layers import get_act_layer
+from torch import nn
+
+from dsc.models._build import Act
+
+# What a backbone's own non-linearity may be; gates (sigmoid, softmax) are none.
+_TORCH_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.LeakyReLU, nn.Mish, nn.PReLU, nn.Tanh)
+_TIMM_ACTIVATIONS = tuple(
+    {kind for name in ("relu", "gelu", "silu", "hard_swish", "mish", "leaky_relu", "gelu_tanh", "quick_gelu")
+     if isinstance(kind := get_act_layer(name), type)}
+)  # fmt: skip
+_GATES = ("se", "gate", "attn_gate", "squeeze", "eca", "cbam")
+
+
+def swap_activations(model: nn.Module, act: Act) -> list[str]:
+    """Replace every activation of `model` in place and return the names of those replaced.
+
+    The channels' dimension comes from the layer before the activation: last for a linear one, 1 for a convolution. Squeeze-and-excite and gate modules keep theirs.
+
+    Raises ValueError where nothing could be swapped.
+    """
+    swapped = []
+    for owner_name, owner in list(model.named_modules()):
+        if _is_gate(owner_name):
+            continue
+        for name, child in list(owner.named_children()):
+            if isinstance(child, _TORCH_ACTIVATIONS + _TIMM_ACTIVATIONS) and not _is_gate(name):
+                setattr(owner, name, act.make(_channel_dim(owner, name)))
+                swapped.append(f"{owner_name}.{name}".lstrip("."))
+    if not swapped:
+        raise ValueError(f"{type(model).__name__} has no activation that could be swapped for {act.name!r}")
+    return swapped
+
+
+def _is_gate(name: str) -> bool:
+    return any(part in _GATES for part in name.split("."))
+
+
+def _channel_dim(owner: nn.Module, activation: str) -> int:
+    # The nearest layer before the activation says how channels lie; failing that, the nearest one after it.
+    names = [name for name, _ in owner.named_children()]
+    at = names.index(activation)
+    for name in [*reversed(names[:at]), *names[at + 1 :]]:
+        child = owner.get_submodule(name)
+        if isinstance(child, nn.Linear):
+            return -1
+        if isinstance(child, nn.Conv2d | nn.BatchNorm2d):
+            return 1
+    return 1
+
+
+def create_backbone(name: str, act: Act, pretrained: bool = False, **kwargs: object) -> nn.Module:
+    """timm's model of that name with its activations swapped; `model.swapped_activations` lists them."""
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+    model.swapped_activations = swap_activations(model, act)  # type: ignore[assignment]
+    return model

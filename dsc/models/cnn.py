@@ -1,0 +1,114 @@
+"""`dsc_cnn`: multi-layer convolutional sparse coding with a linear head."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from timm.layers import ClassifierHead
+from timm.models import register_model
+from torch import Tensor, nn
+
+from dsc.dictionaries import ConvDictionary
+from dsc.layers import DeepSparseCoding, SparseCoding
+from dsc.models._build import Act, build
+from dsc.models._build import default_cfgs as make_default_cfgs
+from dsc.prox import Activation
+from dsc.solvers import create_solver
+
+
+class DSCNN(nn.Module):
+    """A `DeepSparseCoding` of convolutional dictionaries, batch norm, average pooling and a linear classifier.
+
+    The shape of ML-ISTA (Sulam et al., arXiv 1806.00701). With ``steps=1`` each layer is a plain convolution with
+    bias and activation: the CNN of the same shapes.
+
+    Args:
+        channels, kernel_sizes, strides, paddings: one entry a layer.
+        steps: proximal steps; jointly over all layers (ML-ISTA with steps − 1 unfoldings), or in each one.
+        solver: "ista" or "fista".
+        joint: solve all layers together, or one after the other.
+        activation, group_size, groups, threshold, learn_threshold: see `dsc.create_activation`.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        channels: Sequence[int] = (32, 64, 512),
+        kernel_sizes: Sequence[int] = (6, 6, 4),
+        strides: Sequence[int] = (2, 2, 1),
+        paddings: Sequence[int] = (0, 0, 0),
+        steps: int = 4,
+        solver: str = "ista",
+        joint: bool = True,
+        activation: Activation = "relu",
+        group_size: int | None = None,
+        groups: int | None = None,
+        threshold: float | None = None,
+        learn_threshold: bool | None = None,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        lengths = {len(channels), len(kernel_sizes), len(strides), len(paddings)}
+        if len(lengths) > 1:
+            raise ValueError("channels, kernel_sizes, strides and paddings need one entry a layer")
+        act = Act(activation, group_size, groups, threshold, learn_threshold)
+        rule = create_solver(solver, steps)
+        widths = pairwise((in_chans, *channels))
+        layers = [
+            # One step of size 1 is the plain layer; several need a step that the dictionary's norm allows.
+            SparseCoding(ConvDictionary(*width, *shape), act.make(1), rule, 1.0 if steps == 1 else "learned", bias=True)
+            for width, shape in zip(widths, zip(kernel_sizes, strides, paddings, strict=True), strict=True)
+        ]
+        self.coder = DeepSparseCoding(layers, rule, joint)
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = channels[-1]
+        self.feature_info = [
+            dict(num_chs=c, reduction=_product(strides[: i + 1]), module=f"coder.layers.{i}.code")
+            for i, c in enumerate(channels)
+        ]
+        self.norm = nn.BatchNorm2d(channels[-1])
+        self.head = ClassifierHead(channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised code of the deepest layer, (batch, channels, h, w)."""
+        return self.norm(self.coder(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooled features, or logits."""
+        return self.head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head for another number of classes."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+
+def _product(values: Sequence[int]) -> int:
+    product = 1
+    for value in values:
+        product *= value
+    return product
+
+
+default_cfgs = make_default_cfgs(
+    dsc_cnn=dict(
+        input_size=(3, 32, 32), num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, classifier="head.fc"
+    )
+)
+
+
+@register_model
+def dsc_cnn(pretrained: bool = False, **kwargs: Any) -> DSCNN:
+    """Three convolutional dictionaries of 32, 64 and 512 atoms."""
+    return build(
+        DSCNN, "dsc_cnn", pretrained, kwargs, feature_cfg=dict(out_indices=(0, 1, 2), feature_cls="hook")
+    )
