@@ -152,8 +152,10 @@ class IndexBatches(Sampler[Tensor]):
         return max(full, 1) if self.train else full + (rest > 0)
 
     def __iter__(self) -> Iterator[Tensor]:
+        # A generator, so that the order is drawn with the first batch: when a fit is resumed, Lightning makes
+        # the iterator before it sets the epoch.
         order = torch.randperm(self.n, generator=self._generator()) if self.train else torch.arange(self.n)
-        return iter(torch.split(order, self.batch_size)[: len(self)])
+        yield from torch.split(order, self.batch_size)[: len(self)]
 
     def _generator(self) -> torch.Generator:
         # A CPU generator keeps 32 bits of its seed: packing (seed, epoch) into 64 bits would lose the seed.
@@ -258,7 +260,7 @@ class ImageData(LightningDataModule):
             raise self._no_data(f"the download failed ({error})") from error
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the checked files, once; raises FileNotFoundError if one is missing, ValueError if altered."""
+        """Check and read the files once; raises FileNotFoundError (missing) or ValueError (altered)."""
         if self._parts:
             return
         self._check_files()

@@ -1,0 +1,159 @@
+"""The command line: `dsc train` (configuration → fit → test → report) and `dsc evaluate`."""
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from dsc import report, runs
+from dsc._names import unknown
+from dsc.tasks import Task
+
+DEFAULT_CONFIG = "configs/digits.yaml"
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose errors about an unknown key also name the nearest valid one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        super().error(f"{message}{self._nearest(message)}", ex)
+
+    def _nearest(self, message: str) -> str:
+        wrong = _unknown_key(message)
+        return f"\n  {unknown('key', wrong, self._keys())[:300]}" if wrong else ""
+
+    def _keys(self) -> list[str]:
+        return [action.dest for action in self._actions]
+
+
+def _unknown_key(message: str) -> str | None:
+    found = re.search(r"[Uu]nrecognized arguments: (\S+)|[Kk]ey ['\"]([\w.]+)['\"] is not expected", message)
+    return (found[1] or found[2]).lstrip("-").split("=")[0] if found else None
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps every configuration of a run: a continued run writes `config-2.yaml` beside `config.yaml`."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if not self.already_saved and trainer.log_dir:
+            self.config_filename = runs.fresh(Path(trainer.log_dir) / self.config_filename).name
+        super().setup(trainer, pl_module, stage)
+
+
+class CLI(LightningCLI):
+    """Lightning's CLI with a run folder, `--ckpt_path last`, and the data set's facts linked to the model."""
+
+    run_dir: Path | None = None
+    ckpt_path: Path | None = None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="run", help="name of the run: it is kept in <runs>/<name>/<n>/")
+        parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="'last' to continue the newest run of that name in its own folder, or a resume checkpoint",
+        )
+        parser.link_arguments("data", "model.init_args.data", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.config.trainer.fast_dev_run:
+            return super().instantiate_trainer(**kwargs)
+        self.run_dir, self.ckpt_path = self._folder()
+        where = dict(save_dir=str(self.run_dir.parent), name="", version=self.run_dir.name)
+        loggers = [CSVLogger(**where, flush_logs_every_n_steps=10**9), TensorBoardLogger(**where)]
+        return super().instantiate_trainer(**kwargs, logger=loggers)
+
+    def _folder(self) -> tuple[Path, Path | None]:
+        config = self.config
+        if config.ckpt_path == "last":
+            folder = runs.latest_resumable(config.runs, config.name)
+            metrics = folder / "metrics.csv"
+            if metrics.exists():  # Lightning's logger would delete it
+                metrics.rename(runs.fresh(metrics))
+            return folder, folder / runs.RESUME
+        return runs.new_run(config.runs, config.name), Path(config.ckpt_path) if config.ckpt_path else None
+
+
+def train(args: Sequence[str]) -> dict[str, Any] | None:
+    """Fit, test the best weights, write the run folder's report, print its table; returns the summary.
+
+    A run of `--trainer.fast_dev_run` leaves no folder and returns None.
+    """
+    _quiet()
+    if not any(a == "--config" or a.startswith("--config=") or a in ("-c", "-h", "--help") for a in args):
+        args = ["--config", _default_config(), *args]
+    cli = CLI(
+        model_class=Task,
+        datamodule_class=LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=Parser,
+        save_config_callback=SaveConfig,
+        seed_everything_default=0,
+        trainer_defaults=dict(num_sanity_val_steps=0),
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=list(args),
+        run=False,
+    )
+    return _fit_and_report(cli)
+
+
+def _fit_and_report(cli: CLI) -> dict[str, Any] | None:
+    task, trainer = cli.model, cli.trainer
+    if cli.run_dir is None:
+        trainer.fit(task, cli.datamodule)
+        trainer.test(task, cli.datamodule, verbose=False)
+        return None
+    best = ModelCheckpoint(
+        cli.run_dir / "resume",
+        filename="best",
+        monitor=task.monitor,
+        mode=task.mode,
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    trainer.callbacks.append(best)
+    trainer.fit(task, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
+    trainer.test(task, cli.datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+    return report.finish(cli.run_dir, task, trainer, cli.datamodule, cli.config)
+
+
+def _quiet() -> None:
+    # Batches are slices of tensors in memory: worker processes would only copy them.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def _default_config() -> str:
+    for folder in (Path.cwd(), Path(__file__).resolve().parents[1], Path(__file__).resolve().parent):
+        if (folder / DEFAULT_CONFIG).is_file():
+            return str(folder / DEFAULT_CONFIG)
+    raise FileNotFoundError(f"{DEFAULT_CONFIG} not found: give a configuration with --config")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of `dsc`: a command and its arguments; wrong input ends with one message and exit code 2."""
+    command, *rest = (list(sys.argv[1:] if args is None else args)) or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__, "\nCommands: " + ", ".join(COMMANDS) + ". Each has --help.")
+        return
+    if command not in COMMANDS:
+        sys.exit(f"dsc: {unknown('command', command, COMMANDS)}")
+    try:
+        COMMANDS[command](rest)
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+        sys.stderr.write(f"dsc {command}: {error}\n")
+        sys.exit(2)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {"train": train}

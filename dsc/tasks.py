@@ -1,0 +1,254 @@
+"""What is trained: `Classifier` (images to classes) and `Reconstructor` (images to themselves)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torchmetrics import MeanSquaredError, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from dsc import measures
+from dsc.dictionaries import Dictionary
+from dsc.layers import SparseCoding
+from dsc.metrics import SparsityMetrics, convergence
+from dsc.models import create_model
+from dsc.observe import Observer
+from dsc.regularizers import Regularizer
+
+Schedule = Callable[[Optimizer, int], LRScheduler]
+PROBE_IMAGES = 16
+EPOCHS_FOR_RATE = 5
+
+
+class OneCycle(OneCycleLR):
+    """Torch's one-cycle schedule with its peak at the optimizer's own learning rate.
+
+    Args:
+        total_steps: optimizer steps of the whole run; the task fills them in.
+        warmup: fraction of the run in which the rate rises to its peak.
+        anneal: "cos" or "linear".
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.2, anneal: str = "linear") -> None:
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        super().__init__(
+            optimizer, peaks, total_steps, pct_start=warmup, anneal_strategy=anneal, cycle_momentum=False  # type: ignore[arg-type]
+        )
+
+
+class Task(LightningModule):
+    """A model from the zoo, its loss, its optimizer, and the figures every run logs.
+
+    Args:
+        model: name of one of our models or of any timm backbone (see `dsc.create_model`).
+        activation: one of `dsc.list_activations()`; None keeps the model's own.
+        group_size, groups, threshold, learn_threshold: the activation's arguments.
+        model_args: further arguments of the model, as `steps` or `channels`.
+        regularizers: penalties on the codes of the model's sparse layers (`dsc.regularizers`).
+        optimizer: a torch optimizer; weight decay reaches only parameters of two or more dimensions.
+        lr_scheduler: called with the optimizer and the run's number of steps, stepped after each; None for none.
+        channels_last: keep images and convolutions in that layout.
+        data: facts of the data set (the CLI links them): sets the model's channels, classes and image size.
+    """
+
+    monitor = "val/loss"
+    mode = "min"
+
+    def __init__(
+        self,
+        model: str = "dsc_cnn",
+        activation: str | None = None,
+        group_size: int | None = None,
+        groups: int | None = None,
+        threshold: float | None = None,
+        learn_threshold: bool | None = None,
+        model_args: dict[str, Any] | None = None,
+        regularizers: Sequence[Regularizer] = (),
+        optimizer: Callable[[Iterable[Any]], Optimizer] = AdamW,
+        lr_scheduler: Schedule | None = OneCycle,
+        channels_last: bool = False,
+        data: Any = None,
+    ) -> None:
+        super().__init__()
+        act = dict(activation=activation, group_size=group_size, groups=groups, threshold=threshold)
+        act |= dict(learn_threshold=learn_threshold)
+        given = {k: v for k, v in act.items() if v is not None}
+        self.architecture = model
+        self.model_args = given | (model_args or {}) | self.shape_args(data)
+        self.model = create_model(model, **self.model_args)
+        self.regularizers, self.make_optimizer, self.make_schedule = list(regularizers), optimizer, lr_scheduler
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.observer = Observer(self.model)
+        self.sparsity = nn.ModuleDict({stage: SparsityMetrics(self.observer.layers) for stage in ("val", "test")})
+        self.quality: nn.ModuleDict = nn.ModuleDict()
+        self.epoch_losses: list[float] = []
+        self._loss_sum = torch.zeros(())
+        self._dictionaries_before: dict[str, Tensor] = {}
+
+    def shape_args(self, data: Any) -> dict[str, Any]:
+        """The model's arguments that the data set decides."""
+        raise TypeError(f"{type(self).__name__} defines no task")
+
+    def loss(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        """The task's own loss of a batch; outside training it also feeds `quality[stage]`."""
+        raise TypeError(f"{type(self).__name__} defines no loss")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.contiguous(memory_format=self.memory_format))  # type: ignore[no-any-return]
+
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        loss = self.loss(batch, stage)
+        penalties = [regularizer(self.observer) for regularizer in self.regularizers]
+        if penalties:
+            self.log(f"{stage}/penalty", torch.stack(penalties).sum(), on_step=False, on_epoch=True)
+        return loss + sum(penalties) if stage == "train" else loss
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = self._step(batch, "train")
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}): training stops; "
+                "a smaller learning rate is the usual cure"
+            )
+        self._loss_sum += loss.detach()
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+        loss = self._step(batch, stage)
+        self.sparsity[stage].update(self.observer)  # type: ignore[operator]
+        self.log(f"{stage}/loss", loss, batch_size=len(batch[0]))
+        for name, metric in self.quality[stage].items():  # type: ignore[operator]
+            self.log(f"{stage}/{name}", metric, prog_bar=stage == "val")
+
+    def on_fit_start(self) -> None:
+        # Drawn anew for each epoch, so that a resumed run draws what the unbroken one would have.
+        self._seed = torch.initial_seed()
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(self._seed + self.current_epoch)
+        self._loss_sum = torch.zeros((), device=self.device)
+        self._dictionaries_before = {name: d.weight.detach().clone() for name, d in self._dictionaries().items()}
+
+    def on_train_epoch_end(self) -> None:
+        self.epoch_losses.append(float(self._loss_sum) / max(1, int(self.trainer.num_training_batches)))
+        rate = measures.fitted_rate(torch.tensor(self.epoch_losses[-EPOCHS_FOR_RATE:]), floor=0.0)
+        if rate is not None:
+            self.log("convergence/train/rate", float(rate))
+        for name, dictionary in self._dictionaries().items():
+            change = measures.relative_error(dictionary.weight.detach(), self._dictionaries_before[name])
+            self.log(f"convergence/dictionary/{name}", change)
+
+    def on_validation_epoch_end(self) -> None:
+        figures = self._sparsity_figures("val")
+        self.log("active", figures.get("sparsity/active_fraction/total", 1.0), logger=False, prog_bar=True)
+        self.log_dict(figures)
+        if not self.trainer.sanity_checking:
+            self.log_dict({f"convergence/{k}": v for k, v in self._convergence().items()})
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict({f"test/{k}": v for k, v in self._sparsity_figures("test").items()})
+
+    def _sparsity_figures(self, stage: str) -> dict[str, float]:
+        metrics: SparsityMetrics = self.sparsity[stage]  # type: ignore[assignment]
+        figures = {f"sparsity/{name}": value for name, value in metrics.compute().items()}
+        metrics.reset()
+        return figures
+
+    def _convergence(self) -> dict[str, float]:
+        probe = self.trainer.datamodule.probe(PROBE_IMAGES).to(self.device)  # type: ignore[attr-defined]
+        return convergence(self.model, probe.contiguous(memory_format=self.memory_format))
+
+    def _dictionaries(self) -> dict[str, Dictionary]:
+        return {n: m.dictionary for n, m in self.model.named_modules() if isinstance(m, SparseCoding)}
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = self.make_optimizer(groups)
+        if self.make_schedule is None:
+            return optimizer
+        schedule = self.make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch_losses"] = self.epoch_losses
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.epoch_losses = list(checkpoint["epoch_losses"])
+
+
+class Classifier(Task):
+    """Images to classes by cross entropy.
+
+    Args:
+        label_smoothing: in [0, 1).
+        **kwargs: see `Task`.
+    """
+
+    monitor = "val/accuracy"
+    mode = "max"
+
+    def __init__(self, label_smoothing: float = 0.0, data: Any = None, **kwargs: Any) -> None:
+        super().__init__(data=data, **kwargs)
+        self.label_smoothing = label_smoothing
+        classes = self.model_args["num_classes"]
+        self.quality = _metrics(lambda: {"accuracy": MulticlassAccuracy(classes, average="micro")})
+
+    def shape_args(self, data: Any) -> dict[str, Any]:
+        return dict(num_classes=data.num_classes, in_chans=data.in_chans)
+
+    def loss(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        if stage in self.quality:
+            self.quality[stage]["accuracy"].update(logits, y)  # type: ignore[index]
+        return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing if stage == "train" else 0.0)
+
+
+class Reconstructor(Task):
+    """Images to themselves by half the squared error of a pixel; labels are not used.
+
+    Args:
+        normalize_atoms: scale every atom back to unit norm after each step.
+        **kwargs: see `Task`.
+    """
+
+    def __init__(self, normalize_atoms: bool = True, data: Any = None, **kwargs: Any) -> None:
+        super().__init__(data=data, **kwargs)
+        self.normalize_atoms = normalize_atoms
+        self.quality = _metrics(lambda: {"mse": MeanSquaredError()})
+
+    def shape_args(self, data: Any) -> dict[str, Any]:
+        return dict(in_chans=data.in_chans, img_size=data.image_size)
+
+    def loss(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        x, _ = batch
+        reconstruction = self(x)
+        if stage in self.quality:
+            self.quality[stage]["mse"].update(reconstruction.contiguous(), x.contiguous())  # type: ignore[index]
+        return F.mse_loss(reconstruction, x) / 2
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.normalize_atoms:
+            for dictionary in self._dictionaries().values():
+                dictionary.normalize_()
+
+
+def _metrics(make: Callable[[], dict[str, Metric]]) -> nn.ModuleDict:
+    return nn.ModuleDict({stage: nn.ModuleDict(make()) for stage in ("val", "test")})  # type: ignore[arg-type]

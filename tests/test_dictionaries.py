@@ -1,0 +1,280 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from oracles import operator_norm, torus_norm, unfold
+from torch import nn
+from torch.nn.utils import parametrize
+
+from dsc.dictionaries import ConvDictionary, DenseDictionary
+
+# in_channels, atoms, kernel_size, stride, padding
+CONV = [(1, 2, 1, 1, 0), (1, 4, 3, 1, 0), (2, 3, 3, 1, 2), (3, 5, 5, 1, 2), (2, 4, 3, 2, 1)]
+CONV += [(1, 3, 4, 2, 0), (2, 6, 4, 4, 0), (1, 4, 5, 3, 2), (2, 2, 2, 3, 1)]
+DENSE = [(8, 16), (16, 8), (12, 12)]
+SIZES = [(5, 5), (9, 6)]
+
+
+def conv(*arguments, seed=0):
+    torch.manual_seed(seed)
+    return ConvDictionary(*arguments)
+
+
+def dense(*arguments, seed=0):
+    torch.manual_seed(seed)
+    return DenseDictionary(*arguments)
+
+
+def build(arguments, seed=0):
+    return (dense if len(arguments) == 2 else conv)(*arguments, seed=seed)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4)])
+def test_dense_maps_are_the_matrix_and_its_transpose(shape):
+    d = dense(8, 16).double()
+    matrix = d.weight.detach().T  # features × atoms
+    x, z = torch.randn(*shape, 8).double(), torch.randn(*shape, 16).double()
+    torch.testing.assert_close(d.synthesize(z), torch.einsum("fa,...a->...f", matrix, z))
+    torch.testing.assert_close(d.analyze(x), torch.einsum("fa,...f->...a", matrix, x))
+    torch.testing.assert_close((d.synthesize(z) * x).sum(), (z * d.analyze(x)).sum())
+    torch.testing.assert_close(d.gram(), matrix.T @ matrix)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("arguments", CONV)
+def test_conv_maps_are_the_unfolded_matrix_and_its_transpose(arguments, size):
+    d = conv(*arguments).double()
+    matrix = unfold(d, size)
+    x = torch.randn(2, arguments[0], *size).double()
+    correlations = d.analyze(x)
+    z = torch.randn_like(correlations)
+    torch.testing.assert_close(correlations.flatten(1), x.flatten(1) @ matrix)
+    torch.testing.assert_close(d.synthesize(z, size).flatten(1), z.flatten(1) @ matrix.T)
+    torch.testing.assert_close((d.synthesize(z, size) * x).sum(), (z * correlations).sum())
+
+
+def test_conv_synthesis_without_a_size_gives_the_smallest_signal():
+    d = conv(2, 3, 3, 2, 1).double()
+    z = torch.randn(1, 3, 4, 4).double()
+    assert torch.equal(d.synthesize(z), d.synthesize(z, (7, 7)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("arguments", CONV)
+def test_conv_bound_covers_every_image_size(arguments, size):
+    d = conv(*arguments)
+    assert d.lipschitz() >= torch.linalg.matrix_norm(unfold(d, size).double(), 2) ** 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("arguments", CONV)
+def test_conv_bound_is_within_5_percent_of_the_infinite_image(arguments, seed):
+    d = conv(*arguments, seed=seed)
+    assert operator_norm(d) <= d.lipschitz() <= 1.05 * operator_norm(d)
+
+
+def test_infinite_image_norm_is_what_large_images_approach():
+    d = conv(1, 2, 3, 1, 0)
+    small, large = (torch.linalg.matrix_norm(unfold(d, (n, n)).double(), 2) ** 2 for n in (8, 24))
+    assert small < large < operator_norm(d)
+    assert large > 0.95 * operator_norm(d)
+
+
+@pytest.mark.parametrize("arguments", DENSE)
+def test_dense_bound_is_exact(arguments):
+    d = dense(*arguments).double()
+    torch.testing.assert_close(d.lipschitz(), torch.linalg.matrix_norm(d.weight, 2) ** 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("arguments", [*DENSE, (64, 128), (1, 1, 3), (1, 4, 3), (1, 8, 5), (3, 16, 3, 2, 1)])
+def test_training_curvature_starts_just_above_the_norm(arguments):
+    ratios = [float(d.curvature().detach() / operator_norm(d)) for d in (build(arguments, s) for s in range(10))]
+    assert 1 <= min(ratios) <= max(ratios) <= 1.12
+
+
+@pytest.mark.parametrize("arguments", [*DENSE, (1, 4, 3), (2, 4, 3, 2, 1)])
+def test_training_curvature_follows_the_weights(arguments):
+    d = build(arguments)
+    x = torch.randn(4, 8 if len(arguments) > 2 else arguments[0], 8, 8)[:, : arguments[0]]
+    x = x if len(arguments) > 2 else x[..., 0, 0]
+    optimiser = torch.optim.SGD(d.parameters(), lr=0.1)
+    before = d.curvature().detach().clone()
+    for _ in range(20):
+        optimiser.zero_grad()
+        (d.analyze(x).square().mean() * -1).backward()  # the norm grows
+        optimiser.step()
+        curvature = d.curvature().detach()
+        stride = getattr(d, "stride", 1)
+        norm = operator_norm(d) if len(arguments) == 2 else torus_norm(d.weight.detach(), stride, d.probe.shape[-1])
+        assert norm <= curvature <= 1.12 * norm
+    assert curvature > 1.2 * before
+
+
+@pytest.mark.parametrize("arguments", [(8, 16), (16, 8), (1, 3, 3), (2, 3, 4, 2, 1)])
+def test_training_curvature_has_the_gradient_of_the_largest_eigenvalue(arguments):
+    d = build(arguments).double()
+    for _ in range(1000):
+        d.curvature()
+    curvature = d.curvature()
+    (gradient,) = torch.autograd.grad(curvature, d.weight)
+    weight = d.weight.detach().requires_grad_()
+    if len(arguments) == 2:
+        norm = torch.linalg.eigvalsh(weight @ weight.mT)[-1]
+    else:
+        norm = torus_norm(weight, d.stride, d.probe.shape[-1])
+    (expected,) = torch.autograd.grad(norm, weight)
+    torch.testing.assert_close(gradient / curvature.detach(), expected / norm.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_training_curvature_has_the_gradient_of_its_quadratic_form():
+    d = dense(8, 16).double()
+    curvature = d.curvature()
+    curvature.backward()
+    v = d.probe  # ‖Dv‖² has the gradient 2 v (Dv)ᵀ
+    expected = 2 * torch.outer(v, v @ d.weight.detach()) / (v @ d.weight.detach()).square().sum()
+    torch.testing.assert_close(d.weight.grad / curvature.detach(), expected)
+
+
+@pytest.mark.parametrize("arguments", [(8, 16), (1, 3, 3)])
+def test_curvatures_of_two_calls_share_one_backward(arguments):
+    d = build(arguments)
+    total = d.curvature() + d.curvature()
+    (gradient,) = torch.autograd.grad(total, d.weight)
+    (last,) = torch.autograd.grad(d.curvature(), d.weight)
+    torch.testing.assert_close(gradient, 2 * last, rtol=0.2, atol=0.1)
+
+
+def scale_in_place(d):
+    with torch.no_grad():
+        d.weight.mul_(3)
+    return d
+
+
+def scale_by_load(d):
+    d.load_state_dict({**d.state_dict(), "weight": 3 * d.weight.detach()})
+    return d
+
+
+def scale_by_assigned_load(d):
+    d.load_state_dict({**d.state_dict(), "weight": 3 * d.weight.detach()}, assign=True)
+    return d
+
+
+def scale_a_copy(d):
+    return scale_in_place(copy.deepcopy(d))
+
+
+def scale_by_training(d):
+    d.train()
+    optimiser = torch.optim.SGD(d.parameters(), lr=1.0)
+    (-d.weight.square().sum()).backward()  # W + 2W
+    optimiser.step()
+    return d.eval()
+
+
+def scale_data_by_training(d):
+    d.train()
+    d.weight.data.mul_(3)
+    return d.eval()
+
+
+CHANGES = [scale_in_place, scale_by_load, scale_by_assigned_load, scale_a_copy, scale_by_training, scale_data_by_training]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("arguments", [(8, 16), (1, 3, 3)])
+def test_eval_curvature_follows_every_change_of_the_weights(arguments, change):
+    d = build(arguments).eval()
+    before = d.curvature().clone()
+    changed = change(d)
+    torch.testing.assert_close(changed.curvature(), 9 * before)
+    assert operator_norm(changed) <= changed.curvature() <= 1.05 * operator_norm(changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eval_curvature_stays_a_bound_when_the_precision_changes(dtype):
+    for seed in range(20):
+        d = dense(8, 16, seed=seed).double().eval().to(dtype)
+        assert d.curvature().double() >= operator_norm(d)
+
+
+def test_eval_curvature_follows_a_parametrized_weight():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, weight):
+            return self.factor * weight
+
+    d = dense(8, 16)
+    parametrize.register_parametrization(d, "weight", Scale())
+    d.eval()
+    first = operator_norm(d).item()
+    for factor in range(1, 9):
+        with torch.no_grad():
+            d.parametrizations.weight[0].factor.fill_(factor)
+        assert d.curvature().item() == pytest.approx(factor**2 * first, rel=1e-5)
+
+
+def test_eval_curvature_of_a_module_made_in_inference_mode():
+    with torch.inference_mode():
+        d = dense(8, 16).eval()
+        torch.testing.assert_close(d.curvature(), operator_norm(d).float())
+
+
+@pytest.mark.parametrize("arguments", [(8, 16), (2, 3, 3)])
+def test_atoms_are_made_and_kept_at_unit_norm(arguments):
+    d = build(arguments)
+    torch.testing.assert_close(d.weight.flatten(1).norm(dim=1), torch.ones(d.num_atoms))
+    before = d.weight.detach().clone()
+    with torch.no_grad():
+        d.weight.mul_(torch.linspace(0.1, 4, d.num_atoms).view(-1, *[1] * (d.weight.ndim - 1)))
+    torch.testing.assert_close(d.normalize_().weight.detach(), before)
+
+
+def test_a_zero_atom_is_named():
+    d = dense(8, 16)
+    with torch.no_grad():
+        d.weight[5] = 0
+    with pytest.raises(ValueError, match="atom 5 is zero"):
+        d.normalize_()
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: conv(1, 2, 5, 1, 1).analyze(torch.ones(1, 1, 2, 9)), "2×9 pixels is too small.*at least 3 a side"),
+        (lambda: conv(1, 2, 3).synthesize(torch.ones(1, 2, 4, 4), (6, 7)), r"\(4, 4\) does not come from .*\(6, 7\)"),
+        (lambda: conv(1, 2, 3, 2).synthesize(torch.ones(1, 2, 4, 4), (8, 9)), "does not come from"),
+        (lambda: conv(1, 2, 3, 1, 3), r"padding must be in \[0, kernel_size=3\), got 3"),
+        (lambda: conv(1, 2, 3, 1, -1), "padding must be in"),
+        (lambda: conv(1, 2, 3, 0), "stride must be at least 1, got 0"),
+        (lambda: conv(1, 0, 3), "num_atoms must be at least 1, got 0"),
+        (lambda: dense(0, 3), "num_features must be at least 1, got 0"),
+        (lambda: dense(8, 3).atoms(), "8 features are no 1-channel square image"),
+        (lambda: dense(8, 4).block_coherence(3), "group_size=3 does not divide the 4 channels"),
+    ],
+)
+def test_wrong_sizes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("arguments", [(8, 12), (2, 12, 3)])
+def test_coherences_match_loops_over_atoms(arguments):
+    d = build(arguments)
+    scale_in_place(d)  # they normalise
+    unit = d.weight.detach().flatten(1).double().numpy() / 3
+    assert d.coherence().item() == pytest.approx(max(abs(unit[i] @ unit[j]) for i in range(12) for j in range(i)))
+    blocks = unit.reshape(4, 3, -1)
+    norms = [np.linalg.norm(blocks[g] @ blocks[h].T, 2) / 3 for g in range(4) for h in range(g)]
+    assert d.block_coherence(3).item() == pytest.approx(max(norms), rel=1e-5)
+
+
+def test_atoms_are_images_of_the_weights():
+    images = dense(27, 4).atoms(in_chans=3)
+    assert torch.equal(images, dense(27, 4).weight.view(4, 3, 3, 3))
+    assert dense(16, 4).atoms().shape == (4, 1, 4, 4)
+    assert torch.equal(conv(3, 4, 5).atoms(), conv(3, 4, 5).weight)
