@@ -24,7 +24,9 @@ class SparseCoding(nn.Module):
         solver: how many steps and with which momentum.
         step: s: "lipschitz" for 1/L, "learned" for σ(θ)/L with a parameter θ (starting at 0.9/L, never above
             1/L, so that the iteration keeps its guarantee), or a number.
-        bias: add b, one signed value an atom, zero at first. It is linear in z, so the problem stays convex.
+        bias: add b, one signed value an atom, zero at first: for layers of one step, as a plain layer has it. The
+            problem stays convex, but where some z ≥ 0 has Dz = 0 and ⟨b, z⟩ > λΩ(z) it has no minimum, and more
+            steps lead nowhere: unrolled layers learn λ instead.
 
     Shapes: x as the dictionary's signals, the code as its codes.
 
@@ -108,7 +110,7 @@ class SparseCoding(nn.Module):
         return record
 
     @torch.no_grad()
-    def reference(self, x: Tensor, tol: float = 1e-7, max_steps: int = 2000) -> Tensor:
+    def reference(self, x: Tensor, max_steps: int = 2000, tol: float = 1e-7) -> Tensor:
         """Code by a long solve, to measure errors against: FISTA until 100 steps move it by less than `tol`."""
         solver = FISTA(steps=100, restart=True)
         z = self.solve(x, solver)

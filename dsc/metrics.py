@@ -112,6 +112,12 @@ class SparsityMetrics(nn.Module):
                 module.reset()
 
 
+def solving_layers(model: nn.Module) -> dict[str, SparseCoding]:
+    """Layers whose steps solve a problem: a prox for activation, and no bias, which a plain layer has."""
+    coders = {name: layer.coder for name, layer in sparse_layers(model).items()}
+    return {n: c for n, c in coders.items() if c is not None and c.prox.is_prox and c.bias is None}
+
+
 def convergence_errors(
     coder: SparseCoding, x: Tensor, steps: int = RATE_STEPS, solver: type[ISTA] | None = None, reference: Tensor | None = None
 ) -> Tensor:
@@ -123,23 +129,22 @@ def convergence_errors(
     return torch.stack([measures.relative_error(z, reference) for z in coder.trace(x, steps, solver)])
 
 
-def convergence(model: nn.Module, x: Tensor) -> dict[str, float]:
+def convergence(model: nn.Module, x: Tensor, reference_steps: int = 200) -> dict[str, float]:
     """``rate``, ``error`` and ``steps`` of every `SparseCoding` layer of `model` on the images `x`.
 
-    Each layer runs its own step on its frozen input. Absent where it has no meaning: an activation that is no
-    prox, a code that converges to zero, a rate with fewer than two errors above 1e-6.
+    Each layer runs its own step on its frozen input, against at most `reference_steps` of FISTA with restart.
+    Absent where it has no meaning: a plain layer (with a bias), an activation that is no prox, a code that
+    converges to zero, a rate with fewer than two errors above 1e-6.
     """
     figures: dict[str, float] = {}
     with torch.no_grad():
         inputs = coder_inputs(model, x)
-    for name, layer in sparse_layers(model).items():
-        if layer.coder is None or not layer.prox.is_prox:
-            continue
-        reference = layer.coder.reference(inputs[name])
+    for name, coder in solving_layers(model).items():
+        reference = coder.reference(inputs[name], reference_steps)
         if not reference.any():
             continue
-        depth = layer.coder.solver.steps
-        errors = convergence_errors(layer.coder, inputs[name], max(depth, RATE_STEPS), reference=reference)
+        depth = coder.solver.steps
+        errors = convergence_errors(coder, inputs[name], max(depth, RATE_STEPS), reference=reference)
         figures[f"steps/{name}"] = depth
         figures[f"error/{name}"] = float(errors[depth - 1])
         rate = measures.fitted_rate(errors[:RATE_STEPS])

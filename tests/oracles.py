@@ -5,6 +5,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+torch.set_num_threads(1)  # tensors here are tiny: threads would only wait for each other
+
 NONNEG = {"relu": True, "soft": False, "group_relu": False, "group_relu_nonneg": True}
 GROUPED = {"relu": False, "soft": False, "group_relu": True, "group_relu_nonneg": True}
 
@@ -51,7 +53,7 @@ def minimise(name: str, z: Tensor, threshold, size: int = 1, dim: int = 1) -> Te
 
 
 def kkt_residual(name: str, z: Tensor, descent: Tensor, threshold, size: int = 1, dim: int = 1) -> float:
-    """Largest distance of the `descent` direction ``Dᵀ(x − Dz) + b`` from the subdifferential of λΩ at `z`."""
+    """Largest distance of the `descent` direction ``Dᵀ(x − Dz) + b`` from the subdifferential of λΩ."""
     if NONNEG[name] and (z < 0).any():
         return np.inf
     u, g = rows(z, size, dim), rows(descent, size, dim)
@@ -66,7 +68,8 @@ def kkt_residual(name: str, z: Tensor, descent: Tensor, threshold, size: int = 1
 
 def unfold(dictionary, size: tuple[int, int]) -> Tensor:
     """The matrix of a conv dictionary on images of `size`: a column is one atom put at one place."""
-    weight, k, s, p = dictionary.weight.detach(), dictionary.kernel_size, dictionary.stride, dictionary.padding
+    weight = dictionary.weight.detach()
+    k, s, p = dictionary.kernel_size, dictionary.stride, dictionary.padding
     height, width = ((n + 2 * p - k) // s + 1 for n in size)
     images = weight.new_zeros(len(weight), height, width, weight.shape[1], size[0] + 2 * p, size[1] + 2 * p)
     for i in range(height):

@@ -89,26 +89,34 @@ def test_dense_bound_is_exact(arguments):
 
 @pytest.mark.parametrize("arguments", [*DENSE, (64, 128), (1, 1, 3), (1, 4, 3), (1, 8, 5), (3, 16, 3, 2, 1)])
 def test_training_curvature_starts_just_above_the_norm(arguments):
-    ratios = [float(d.curvature().detach() / operator_norm(d)) for d in (build(arguments, s) for s in range(10))]
+    dictionaries = [build(arguments, seed) for seed in range(10)]
+    ratios = [(d.curvature() / operator_norm(d)).item() for d in dictionaries]
     assert 1 <= min(ratios) <= max(ratios) <= 1.12
+
+
+def norm_it_estimates(d, weight=None):
+    # Of the matrix, or of the torus that the power iteration runs on.
+    weight = d.weight.detach() if weight is None else weight
+    if weight.ndim == 2:
+        return torch.linalg.eigvalsh(weight.double() @ weight.double().mT)[-1]
+    return torus_norm(weight, d.stride, d.probe.shape[-1])
 
 
 @pytest.mark.parametrize("arguments", [*DENSE, (1, 4, 3), (2, 4, 3, 2, 1)])
 def test_training_curvature_follows_the_weights(arguments):
     d = build(arguments)
-    x = torch.randn(4, 8 if len(arguments) > 2 else arguments[0], 8, 8)[:, : arguments[0]]
-    x = x if len(arguments) > 2 else x[..., 0, 0]
-    optimiser = torch.optim.SGD(d.parameters(), lr=0.1)
-    before = d.curvature().detach().clone()
-    for _ in range(20):
+    x = torch.randn(4, arguments[0]) if len(arguments) == 2 else torch.randn(4, arguments[0], 8, 8)
+    optimiser = torch.optim.SGD(d.parameters(), lr=0.02)
+    for _ in range(200):
+        before = d.curvature().detach()  # warmed up, so that this is about following alone
+    for _ in range(60):
         optimiser.zero_grad()
-        (d.analyze(x).square().mean() * -1).backward()  # the norm grows
+        d.analyze(x).square().mean().neg().backward()  # the norm grows
         optimiser.step()
         curvature = d.curvature().detach()
-        stride = getattr(d, "stride", 1)
-        norm = operator_norm(d) if len(arguments) == 2 else torus_norm(d.weight.detach(), stride, d.probe.shape[-1])
+        norm = norm_it_estimates(d)
         assert norm <= curvature <= 1.12 * norm
-    assert curvature > 1.2 * before
+    assert curvature > 1.1 * before
 
 
 @pytest.mark.parametrize("arguments", [(8, 16), (16, 8), (1, 3, 3), (2, 3, 4, 2, 1)])
@@ -119,10 +127,7 @@ def test_training_curvature_has_the_gradient_of_the_largest_eigenvalue(arguments
     curvature = d.curvature()
     (gradient,) = torch.autograd.grad(curvature, d.weight)
     weight = d.weight.detach().requires_grad_()
-    if len(arguments) == 2:
-        norm = torch.linalg.eigvalsh(weight @ weight.mT)[-1]
-    else:
-        norm = torus_norm(weight, d.stride, d.probe.shape[-1])
+    norm = norm_it_estimates(d, weight)
     (expected,) = torch.autograd.grad(norm, weight)
     torch.testing.assert_close(gradient / curvature.detach(), expected / norm.detach(), rtol=1e-4, atol=1e-6)
 
@@ -179,10 +184,10 @@ def scale_data_by_training(d):
     return d.eval()
 
 
-CHANGES = [scale_in_place, scale_by_load, scale_by_assigned_load, scale_a_copy, scale_by_training, scale_data_by_training]
+CHANGES = [scale_in_place, scale_by_load, scale_by_assigned_load, scale_a_copy, scale_by_training]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [*CHANGES, scale_data_by_training])
 @pytest.mark.parametrize("arguments", [(8, 16), (1, 3, 3)])
 def test_eval_curvature_follows_every_change_of_the_weights(arguments, change):
     d = build(arguments).eval()
@@ -215,7 +220,7 @@ def test_eval_curvature_follows_a_parametrized_weight():
     for factor in range(1, 9):
         with torch.no_grad():
             d.parametrizations.weight[0].factor.fill_(factor)
-        assert d.curvature().item() == pytest.approx(factor**2 * first, rel=1e-5)
+        torch.testing.assert_close(d.curvature(), torch.tensor(factor**2 * first))
 
 
 def test_eval_curvature_of_a_module_made_in_inference_mode():
@@ -245,8 +250,8 @@ def test_a_zero_atom_is_named():
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda: conv(1, 2, 5, 1, 1).analyze(torch.ones(1, 1, 2, 9)), "2×9 pixels is too small.*at least 3 a side"),
-        (lambda: conv(1, 2, 3).synthesize(torch.ones(1, 2, 4, 4), (6, 7)), r"\(4, 4\) does not come from .*\(6, 7\)"),
+        (lambda: conv(1, 2, 5, 1, 1).analyze(torch.ones(1, 1, 2, 9)), "2×9 pixels is too small.*least 3"),
+        (lambda: conv(1, 2, 3).synthesize(torch.ones(1, 2, 4, 4), (6, 7)), r"\(4, 4\) does not .*\(6, 7\)"),
         (lambda: conv(1, 2, 3, 2).synthesize(torch.ones(1, 2, 4, 4), (8, 9)), "does not come from"),
         (lambda: conv(1, 2, 3, 1, 3), r"padding must be in \[0, kernel_size=3\), got 3"),
         (lambda: conv(1, 2, 3, 1, -1), "padding must be in"),
@@ -267,7 +272,8 @@ def test_coherences_match_loops_over_atoms(arguments):
     d = build(arguments)
     scale_in_place(d)  # they normalise
     unit = d.weight.detach().flatten(1).double().numpy() / 3
-    assert d.coherence().item() == pytest.approx(max(abs(unit[i] @ unit[j]) for i in range(12) for j in range(i)))
+    pairs = [abs(unit[i] @ unit[j]) for i in range(12) for j in range(i)]
+    assert d.coherence().item() == pytest.approx(max(pairs))
     blocks = unit.reshape(4, 3, -1)
     norms = [np.linalg.norm(blocks[g] @ blocks[h].T, 2) / 3 for g in range(4) for h in range(g)]
     assert d.block_coherence(3).item() == pytest.approx(max(norms), rel=1e-5)

@@ -14,20 +14,21 @@ from dsc.solvers import FISTA, ISTA
 NAMES = ["relu", "soft", "group_relu", "group_relu_nonneg"]
 
 
-def activation(name, threshold=0.25, **kwargs):
-    return create_activation(name, threshold=threshold, **({"group_size": 2} if GROUPED[name] else {}), **kwargs)
+def activation(name, threshold=0.25, dim=1):
+    return create_activation(name, dim, threshold=threshold, group_size=2 if GROUPED[name] else None)
 
 
-def conv(channels=2, atoms=4, kernel_size=3, stride=1, padding=1, name="soft", threshold=0.25, seed=0, **kwargs):
+def conv(channels=2, atoms=4, kernel=3, stride=1, padding=1, name="soft", threshold=0.25, seed=0, **kwargs):
     torch.manual_seed(seed)
-    dictionary = ConvDictionary(channels, atoms, kernel_size, stride, padding)
+    dictionary = ConvDictionary(channels, atoms, kernel, stride, padding)
     layer = SparseCoding(dictionary, activation(name, threshold), **kwargs)
     return with_bias(layer)
 
 
 def dense(features=6, atoms=8, name="soft", threshold=0.25, dim=-1, seed=0, **kwargs):
     torch.manual_seed(seed)
-    return with_bias(SparseCoding(DenseDictionary(features, atoms), activation(name, threshold, dim=dim), **kwargs))
+    layer = SparseCoding(DenseDictionary(features, atoms), activation(name, threshold, dim), **kwargs)
+    return with_bias(layer)
 
 
 def with_bias(layer):

@@ -45,7 +45,7 @@ def test_group_fraction_refuses_sizes_that_do_not_divide():
 
 def test_hoyer_is_0_for_equal_entries_and_1_for_a_single_one():
     signals = torch.stack([torch.full((4, 4), -3.0), 5 * torch.eye(16)[3].view(4, 4), torch.zeros(4, 4)])
-    torch.testing.assert_close(measures.hoyer(signals), torch.tensor([0.0, 1.0]))  # the zero signal is left out
+    torch.testing.assert_close(measures.hoyer(signals), torch.tensor([0.0, 1.0]))  # not the zero one
 
 
 def test_hoyer_of_two_among_four_and_its_invariance_to_scale():

@@ -3,13 +3,18 @@
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
 from dsc import hub
+from dsc.dictionaries import Dictionary
+from dsc.layers import SparseCoding
 from dsc.prox import Activation, Prox, create_activation
+from dsc.solvers import ISTA
 
 M = TypeVar("M", bound=nn.Module)
+SMALL_THRESHOLD = 0.01  # where a learned λ starts whose activation's own is 0 (a softplus cannot start there)
 
 
 @dataclass(frozen=True)
@@ -22,16 +27,25 @@ class Act:
     threshold: float | None = None
     learn_threshold: bool | None = None
 
-    def make(self, dim: int) -> Prox:
-        """The module, with its channels along `dim`."""
-        return create_activation(
-            self.name,
-            dim,
-            group_size=self.group_size,
-            groups=self.groups,
-            threshold=self.threshold,
-            learn=self.learn_threshold,
-        )
+    def make(self, dim: int, channels: int | None = None) -> Prox:
+        """The module, its channels along `dim`; a learned λ has one value a channel (or group) of `channels`."""
+        arguments = dict(group_size=self.group_size, groups=self.groups)
+        prox = create_activation(self.name, dim, threshold=self.threshold, **arguments)
+        if not (self.learn_threshold and prox.is_prox):
+            return prox
+        start = float(prox.threshold) or SMALL_THRESHOLD
+        units = 1 if channels is None else channels // prox.group_size_of(channels)
+        return create_activation(self.name, dim, threshold=[start] * units, learn=True, **arguments)
+
+
+def sparse_layer(dictionary: Dictionary, prox: Prox, solver: ISTA) -> SparseCoding:
+    """A network's layer: one step of size 1 with a bias, the plain layer; or several that 1/L keeps convergent."""
+    plain = solver.steps == 1
+    if not plain:
+        # From unit atoms to ‖D‖ ≈ 1: the first step then keeps the scale of its input, layer upon layer.
+        with torch.no_grad():
+            dictionary.weight.div_(dictionary.curvature().sqrt())
+    return SparseCoding(dictionary, prox, solver, step=1.0 if plain else "learned", bias=plain)
 
 
 def default_cfgs(**architectures: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """`dsc_cnn`: multi-layer convolutional sparse coding with a linear head."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from timm.layers import ClassifierHead
@@ -9,8 +8,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from dsc.dictionaries import ConvDictionary
-from dsc.layers import DeepSparseCoding, SparseCoding
-from dsc.models._build import Act, build
+from dsc.layers import DeepSparseCoding
+from dsc.models._build import Act, build, sparse_layer
 from dsc.models._build import default_cfgs as make_default_cfgs
 from dsc.prox import Activation
 from dsc.solvers import create_solver
@@ -27,7 +26,8 @@ class DSCNN(nn.Module):
         steps: proximal steps; jointly over all layers (ML-ISTA with steps − 1 unfoldings), or in each one.
         solver: "ista" or "fista".
         joint: solve all layers together, or one after the other.
-        activation, group_size, groups, threshold, learn_threshold: see `dsc.create_activation`.
+        activation, group_size, groups, threshold: see `dsc.create_activation`.
+        learn_threshold: learn λ of each channel or group; None for whenever there is more than one step.
     """
 
     def __init__(
@@ -53,14 +53,11 @@ class DSCNN(nn.Module):
         lengths = {len(channels), len(kernel_sizes), len(strides), len(paddings)}
         if len(lengths) > 1:
             raise ValueError("channels, kernel_sizes, strides and paddings need one entry a layer")
-        act = Act(activation, group_size, groups, threshold, learn_threshold)
+        plain = steps == 1
+        act = Act(activation, group_size, groups, threshold, not plain if learn_threshold is None else learn_threshold)
         rule = create_solver(solver, steps)
-        widths = pairwise((in_chans, *channels))
-        layers = [
-            # One step of size 1 is the plain layer; several need a step that the dictionary's norm allows.
-            SparseCoding(ConvDictionary(*width, *shape), act.make(1), rule, 1.0 if steps == 1 else "learned", bias=True)
-            for width, shape in zip(widths, zip(kernel_sizes, strides, paddings, strict=True), strict=True)
-        ]
+        dictionaries = map(ConvDictionary, (in_chans, *channels), channels, kernel_sizes, strides, paddings)
+        layers = [sparse_layer(dictionary, act.make(1, dictionary.num_atoms), rule) for dictionary in dictionaries]
         self.coder = DeepSparseCoding(layers, rule, joint)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = channels[-1]

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from dsc.blocks import AttentionBlock, ConvStem, TransformerBlock
 from dsc.dictionaries import DenseDictionary
-from dsc.layers import SparseCoding
-from dsc.models._build import Act, build
+from dsc.models._build import Act, build, sparse_layer
 from dsc.models._build import default_cfgs as make_default_cfgs
 from dsc.prox import Activation
 from dsc.solvers import create_solver
@@ -21,7 +20,8 @@ class DSCTransformer(nn.Module):
         dim, depth, num_heads: as in a vision transformer.
         atoms_ratio: atoms of each token dictionary over `dim`; None for blocks of attention and prox alone.
         steps, solver: the sparse-coding step's; ``steps=1`` is the standard transformer block.
-        activation, group_size, groups, threshold, learn_threshold: see `dsc.create_activation`.
+        activation, group_size, groups, threshold: see `dsc.create_activation`.
+        learn_threshold: learn λ of each channel or group; None for whenever there is more than one step.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class DSCTransformer(nn.Module):
         super().__init__()
         if global_pool != "avg":
             raise ValueError(f"global_pool must be 'avg' (the mean over tokens), got {global_pool!r}")
-        act = Act(activation, group_size, groups, threshold, learn_threshold)
+        plain = steps == 1 or atoms_ratio is None
+        act = Act(activation, group_size, groups, threshold, not plain if learn_threshold is None else learn_threshold)
         rule = create_solver(solver, steps)
 
         def block() -> nn.Module:
             if atoms_ratio is None:
-                return AttentionBlock(dim, num_heads, act.make(-1))
+                return AttentionBlock(dim, num_heads, act.make(-1, dim))
             dictionary = DenseDictionary(dim, atoms_ratio * dim)
-            step = 1.0 if steps == 1 else "learned"
-            return TransformerBlock(dim, num_heads, SparseCoding(dictionary, act.make(-1), rule, step, bias=True))
+            return TransformerBlock(dim, num_heads, sparse_layer(dictionary, act.make(-1, dictionary.num_atoms), rule))
 
         self.stem = ConvStem(in_chans, dim)
         self.blocks = nn.Sequential(*(block() for _ in range(depth)))
