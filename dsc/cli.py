@@ -3,16 +3,18 @@
 import re
 import sys
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from dsc import report, runs
+from dsc import hub, report, runs
 from dsc._names import unknown
 from dsc.tasks import Task
 
@@ -69,7 +71,7 @@ class CLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         self.run_dir, self.ckpt_path = self._folder()
         where = dict(save_dir=str(self.run_dir.parent), name="", version=self.run_dir.name)
-        loggers = [CSVLogger(**where, flush_logs_every_n_steps=10**9), TensorBoardLogger(**where)]
+        loggers = [CSVLogger(**where, flush_logs_every_n_steps=1), TensorBoardLogger(**where)]
         return super().instantiate_trainer(**kwargs, logger=loggers)
 
     def _folder(self) -> tuple[Path, Path | None]:
@@ -126,7 +128,10 @@ def _fit_and_report(cli: CLI) -> dict[str, Any] | None:
     trainer.callbacks.append(best)
     trainer.fit(task, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
     trainer.test(task, cli.datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
-    return report.finish(cli.run_dir, task, trainer, cli.datamodule, cli.config)
+    config = yaml.safe_load((cli.run_dir / "config.yaml").read_text())
+    summary = report.finish(cli.run_dir, task, trainer, cli.datamodule, config)
+    print(f"\n{report.text(summary)}\n\nweights, pictures and logs: {cli.run_dir}")
+    return summary
 
 
 def _quiet() -> None:
@@ -156,4 +161,21 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {"train": train}
+def evaluate(args: Sequence[str]) -> None:
+    """Re-measure a checkpoint on its test set and compare with its card; a difference is an error."""
+    parser = ArgumentParser(prog="dsc evaluate", description=evaluate.__doc__)
+    parser.add_argument("checkpoint", nargs="+", help="a published name, or a checkpoint folder")
+    parser.add_argument("--data.root", dest="root", help="folder of the data sets (default: DSC_DATA, else data)")
+    parser.add_argument("--picture", help="write the convergence curves there (of one checkpoint)")
+    parsed = parser.parse_args(args)
+    _quiet()
+    for name in parsed.checkpoint:
+        folder = Path(name) if (Path(name) / hub.CONFIG).is_file() else hub.find(name)
+        summary, curves = report.measure(folder, parsed.root)
+        print(f"{folder.name}: {report.text(summary)}\n")
+        if parsed.picture:
+            report.convergence_figure(curves).savefig(parsed.picture, dpi=120)
+        report.compare(summary["test"], hub.read_config(folder)["dsc"]["metrics"])
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {"train": train, "evaluate": evaluate}

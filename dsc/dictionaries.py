@@ -28,16 +28,19 @@ class Dictionary(nn.Module):
     bound: Tensor
     probe: Tensor
 
-    def __init__(self, weight: Tensor, probe: Tensor) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.register_buffer("probe", probe)
-        self.register_buffer("bound", torch.ones(()), persistent=False)
-        self._bound_of: tuple[int, int] | None = None
         self.normalize_()
         with torch.no_grad():
+            real, _ = self._symbol()
+            probe = torch.randn(real.shape[0], real.shape[2], 2, dtype=weight.dtype)
+        self.register_buffer("probe", probe)  # a complex vector a frequency, as (real, imaginary)
+        self.register_buffer("bound", torch.ones(()), persistent=False)
+        self._bound_of: tuple[int, int] | None = None
+        with torch.no_grad():
             for _ in range(20):
-                self._power_iteration()
+                self._power_iteration(*self._symbol())
 
     @property
     def num_atoms(self) -> int:
@@ -61,14 +64,19 @@ class Dictionary(nn.Module):
         if not self.training:
             self._refresh()
             return self.bound
+        symbol = self._symbol()
         with torch.no_grad():
-            self._power_iteration()
+            self._power_iteration(*symbol)
         # A clone: the next call moves the probe in place, while this graph may still wait for its backward.
-        return SAFETY * self._synthesize_probe(self.probe.clone()).square().sum()
+        return SAFETY * _apply(*symbol, self.probe.clone()).square().sum((1, 2)).max()
 
-    def _power_iteration(self) -> None:
-        image = self._analyze_probe(self._synthesize_probe(self.probe))
-        self.probe.copy_(image / image.norm())
+    def _symbol(self) -> tuple[Tensor, Tensor | None]:
+        """Real and imaginary part (None for zero) of the matrices D splits into: (frequencies, atoms, channels)."""
+        raise TypeError(f"{type(self).__name__} defines no symbol")
+
+    def _power_iteration(self, real: Tensor, imaginary: Tensor | None) -> None:
+        image = _apply(real.mT, None if imaginary is None else -imaginary.mT, _apply(real, imaginary, self.probe))
+        self.probe.copy_(image / image.norm(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(image.dtype).tiny))
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -84,12 +92,6 @@ class Dictionary(nn.Module):
         if not mode:
             self._refresh()
         return self
-
-    def _synthesize_probe(self, z: Tensor) -> Tensor:
-        return self.synthesize(z)
-
-    def _analyze_probe(self, x: Tensor) -> Tensor:
-        return self.analyze(x)
 
     @torch.no_grad()
     def normalize_(self) -> "Dictionary":
@@ -115,7 +117,10 @@ class DenseDictionary(Dictionary):
     def __init__(self, num_features: int, num_atoms: int) -> None:
         _positive(num_features=num_features, num_atoms=num_atoms)
         self.num_features = num_features
-        super().__init__(torch.randn(num_atoms, num_features), torch.randn(num_atoms))
+        super().__init__(torch.randn(num_atoms, num_features))
+
+    def _symbol(self) -> tuple[Tensor, None]:
+        return self.weight.unsqueeze(0), None
 
     def synthesize(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
         return z @ self.weight
@@ -157,22 +162,22 @@ class ConvDictionary(Dictionary):
             raise ValueError(f"padding must be in [0, kernel_size={kernel_size}), got {padding}")
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         weight = torch.randn(num_atoms, in_channels, kernel_size, kernel_size)
-        # The power iteration runs on a torus wide enough that no atom meets itself.
-        side = 2 * -(-kernel_size // stride)
-        super().__init__(weight, torch.randn(1, num_atoms, side, side))
+        super().__init__(weight)
 
     def synthesize(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        rows, columns = (self._rest(z, size, i) for i in (-2, -1)) if size is not None else (0, 0)
+        reached = [(n - 1) * self.stride + self.kernel_size - 2 * self.padding for n in z.shape[-2:]]
+        rows, columns = (s - r for s, r in zip(size or reached, reached, strict=True))
+        # A strided convolution drops up to stride − 1 pixels at the far edge: its adjoint puts zeros there.
+        if not (0 <= rows < self.stride and 0 <= columns < self.stride):
+            raise ValueError(f"a code of size {tuple(z.shape[-2:])} does not come from signals of size {tuple(size or ())}")
+        if self.by_phases:
+            x = F.pixel_shuffle(F.conv_transpose2d(z, self.polyphase()), self.stride)
+            height, width = reached[0] + rows, reached[1] + columns
+            x = x[..., self.padding : self.padding + height, self.padding : self.padding + width]
+            return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
         return F.conv_transpose2d(
             z, self.weight, stride=self.stride, padding=self.padding, output_padding=(rows, columns)
         )
-
-    def _rest(self, z: Tensor, size: Sequence[int], i: int) -> int:
-        # A strided convolution drops up to stride − 1 pixels at the far edge: its adjoint puts zeros there.
-        reached = (z.shape[i] - 1) * self.stride + self.kernel_size - 2 * self.padding
-        if not 0 <= size[i] - reached < self.stride:
-            raise ValueError(f"a code of size {tuple(z.shape[-2:])} does not come from signals of size {tuple(size)}")
-        return size[i] - reached
 
     def analyze(self, x: Tensor) -> Tensor:
         if min(x.shape[-2:]) + 2 * self.padding < self.kernel_size:
@@ -180,7 +185,18 @@ class ConvDictionary(Dictionary):
                 f"image of {x.shape[-2]}×{x.shape[-1]} pixels is too small: with kernel_size={self.kernel_size} "
                 f"and padding={self.padding} it needs at least {self.kernel_size - 2 * self.padding} a side"
             )
-        return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
+        if not self.by_phases:
+            return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
+        kernel = self.polyphase()
+        far = [((n + 2 * self.padding - self.kernel_size) // self.stride + kernel.shape[-1]) * self.stride
+               - n - self.padding for n in x.shape[-2:]]  # fmt: skip
+        x = F.pad(x, (self.padding, far[1], self.padding, far[0]))
+        return F.conv2d(F.pixel_unshuffle(x, self.stride), kernel)
+
+    @property
+    def by_phases(self) -> bool:
+        """Whether to compute at stride 1 on image phases: the same map, several times faster for few channels."""
+        return self.stride > 1 and self.weight.shape[1] <= 4
 
     def polyphase(self) -> Tensor:
         """The same map at stride 1 on `pixel_unshuffle`d images: (atoms, channels·stride², k', k')."""
@@ -203,23 +219,16 @@ class ConvDictionary(Dictionary):
         rounding = 1 + 1e-5  # of the single-precision eigenvalues
         return (rounding * largest / math.cos(math.pi * degree / points) ** 2).to(self.weight.dtype)
 
-    def _synthesize_probe(self, z: Tensor) -> Tensor:
+    def _symbol(self) -> tuple[Tensor, Tensor]:
         kernel = self.polyphase()
-        x = F.conv_transpose2d(z, kernel)
-        return self._wrap(x, z.shape[-1], kernel.shape[-1] - 1)
-
-    def _analyze_probe(self, x: Tensor) -> Tensor:
-        kernel = self.polyphase()
-        edge = kernel.shape[-1] - 1
-        return F.conv2d(F.pad(x, (0, edge, 0, edge), mode="circular"), kernel)
-
-    @staticmethod
-    def _wrap(x: Tensor, side: int, edge: int) -> Tensor:
-        # The adjoint of circular padding: what reaches past the far edge is added at the near one.
-        if edge == 0:
-            return x
-        x = torch.cat([x[..., :edge] + x[..., side:], x[..., edge:side]], -1)
-        return torch.cat([x[..., :edge, :] + x[..., side:, :], x[..., edge:side, :]], -2)
+        side = kernel.shape[-1]
+        # Twice as many frequencies as taps, of which a real kernel needs half: the symbol is smooth between them.
+        rows, columns = torch.meshgrid(torch.arange(2 * side), torch.arange(side + 1), indexing="ij")
+        taps = torch.cartesian_prod(torch.arange(side), torch.arange(side)).to(self.weight)
+        angle = torch.stack([rows.flatten(), columns.flatten()], 1).to(self.weight) @ taps.mT * (math.pi / side)
+        waves = torch.cat([angle.cos(), angle.sin()])
+        real, imaginary = (waves @ kernel.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)).chunk(2)
+        return real.unflatten(1, kernel.shape[:2]), imaginary.unflatten(1, kernel.shape[:2])
 
     def atoms(self) -> Tensor:
         """Atoms as images, (atoms, channels, kernel_size, kernel_size)."""
@@ -228,6 +237,15 @@ class ConvDictionary(Dictionary):
     def extra_repr(self) -> str:
         atoms, channels = self.weight.shape[:2]
         return f"{channels}, {atoms}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+def _apply(real: Tensor, imaginary: Tensor | None, v: Tensor) -> Tensor:
+    """(R + iM)v for complex vectors v = (real, imaginary) along the last dimension."""
+    image = real @ v
+    if imaginary is None:
+        return image
+    crossed = imaginary @ v
+    return image + torch.stack([-crossed[..., 1], crossed[..., 0]], -1)
 
 
 def _positive(**values: int) -> None:

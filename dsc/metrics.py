@@ -4,6 +4,9 @@ Names say the unit: a *fraction* lies in [0, 1], *hoyer* is the Hoyer index in [
 error shrinks by in a step, *error* is relative to the converged code.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -11,7 +14,7 @@ from torchmetrics import MeanMetric, Metric
 from dsc import measures
 from dsc.layers import SparseCoding
 from dsc.observe import Observer, SparseLayer, coder_inputs, sparse_layers
-from dsc.solvers import ISTA
+from dsc.solvers import ISTA, SOLVERS
 
 RATE_STEPS = 32  # a rate is fitted over the errors after 1 … this many steps
 
@@ -116,6 +119,36 @@ def solving_layers(model: nn.Module) -> dict[str, SparseCoding]:
     """Layers whose steps solve a problem: a prox for activation, and no bias, which a plain layer has."""
     coders = {name: layer.coder for name, layer in sparse_layers(model).items()}
     return {n: c for n, c in coders.items() if c is not None and c.prox.is_prox and c.bias is None}
+
+
+Curves = dict[str, dict[str, Tensor]]
+
+
+def convergence_curves(model: nn.Module, x: Tensor, steps: int = RATE_STEPS, reference_steps: int = 2000) -> Curves:
+    """Errors after 1…`steps` steps of ISTA and of FISTA, by layer and solver, for the layers that `convergence` knows.
+
+    ``curves[layer][solver]`` has shape (steps,).
+    """
+    with torch.no_grad():
+        inputs = coder_inputs(model, x)
+    curves: Curves = {}
+    for name, coder in solving_layers(model).items():
+        reference = coder.reference(inputs[name], reference_steps)
+        if reference.any():
+            errors = (convergence_errors(coder, inputs[name], steps, kind, reference) for kind in SOLVERS.values())
+            curves[name] = dict(zip(SOLVERS, errors, strict=True))
+    return curves
+
+
+def curve_figures(curves: Curves, depths: Iterable[int]) -> list[dict[str, Any]]:
+    """A row a layer and solver: the errors at `depths` and, where it can be fitted, the rate a step."""
+    rows: list[dict[str, Any]] = []
+    for layer, by_solver in curves.items():
+        for solver, errors in by_solver.items():
+            row = {"layer": layer, "solver": solver, "errors": {str(k): float(errors[k - 1]) for k in depths}}
+            rate = measures.fitted_rate(errors)
+            rows.append(row if rate is None else row | {"rate": float(rate)})
+    return rows
 
 
 def convergence_errors(
