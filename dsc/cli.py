@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -72,7 +73,20 @@ class CLI(LightningCLI):
         self.run_dir, self.ckpt_path = self._folder()
         where = dict(save_dir=str(self.run_dir.parent), name="", version=self.run_dir.name)
         loggers = [CSVLogger(**where, flush_logs_every_n_steps=1), TensorBoardLogger(**where)]
-        return super().instantiate_trainer(**kwargs, logger=loggers)
+        callbacks = [*(self.config_init.trainer.callbacks or []), self._checkpoints()]
+        return super().instantiate_trainer(**kwargs, logger=loggers, callbacks=callbacks)
+
+    def _checkpoints(self) -> ModelCheckpoint:
+        assert self.run_dir is not None
+        return ModelCheckpoint(
+            self.run_dir / "resume",
+            filename="best",
+            monitor=self.model.monitor,
+            mode=self.model.mode,
+            save_last=True,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
 
     def _folder(self) -> tuple[Path, Path | None]:
         config = self.config
@@ -116,20 +130,11 @@ def _fit_and_report(cli: CLI) -> dict[str, Any] | None:
         trainer.fit(task, cli.datamodule)
         trainer.test(task, cli.datamodule, verbose=False)
         return None
-    best = ModelCheckpoint(
-        cli.run_dir / "resume",
-        filename="best",
-        monitor=task.monitor,
-        mode=task.mode,
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
-    trainer.callbacks.append(best)
     trainer.fit(task, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
-    trainer.test(task, cli.datamodule, ckpt_path=best.best_model_path, weights_only=True, verbose=False)
+    best = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True, map_location="cpu")
+    task.load_state_dict(best["state_dict"])
     config = yaml.safe_load((cli.run_dir / "config.yaml").read_text())
-    summary = report.finish(cli.run_dir, task, trainer, cli.datamodule, config)
+    summary = report.finish(cli.run_dir, task, cli.datamodule, config)
     print(f"\n{report.text(summary)}\n\nweights, pictures and logs: {cli.run_dir}")
     return summary
 
@@ -171,7 +176,7 @@ def evaluate(args: Sequence[str]) -> None:
     _quiet()
     for name in parsed.checkpoint:
         folder = Path(name) if (Path(name) / hub.CONFIG).is_file() else hub.find(name)
-        summary, curves = report.measure(folder, parsed.root)
+        summary, curves = report.measure_checkpoint(folder, parsed.root)
         print(f"{folder.name}: {report.text(summary)}\n")
         if parsed.picture:
             report.convergence_figure(curves).savefig(parsed.picture, dpi=120)

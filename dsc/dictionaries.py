@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dsc import measures
 
 SAFETY = 1.05  # a power iteration approaches L from below; the margin covers what is missing
+FINE_GRID_BELOW = 2**15  # weights
 
 
 class Dictionary(nn.Module):
@@ -37,7 +38,8 @@ class Dictionary(nn.Module):
             probe = torch.randn(real.shape[0], real.shape[2], 2, dtype=weight.dtype)
         self.register_buffer("probe", probe)  # a complex vector a frequency, as (real, imaginary)
         self.register_buffer("bound", torch.ones(()), persistent=False)
-        self._bound_of: tuple[int, int] | None = None
+        self._measured: tuple[Tensor, tuple[int, int, torch.dtype]] | None = None
+        self.register_load_state_dict_post_hook(lambda module, keys: None if module.training else module._refresh())
         with torch.no_grad():
             for _ in range(20):
                 self._power_iteration(*self._symbol())
@@ -80,16 +82,24 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        if torch.compiler.is_compiling():  # `train` refreshed the bound before
+        if torch.compiler.is_compiling():  # `train` and loading weights refreshed the bound before
             return
-        current = (id(self.weight), self.weight._version)
-        if self._bound_of != current:
+        if self.weight.is_inference() or not self._is_current():
             self.bound.copy_(self.lipschitz() * (1 + 4 * torch.finfo(self.weight.dtype).eps))
-            self._bound_of = current
+            self._measured = None if self.weight.is_inference() else (self.weight, self._state())
+
+    def _is_current(self) -> bool:
+        return self._measured is not None and self._measured[0] is self.weight and self._measured[1] == self._state()
+
+    def _state(self) -> tuple[int, int, torch.dtype]:
+        # The id beside the tensor itself: a deep copy takes both along, and only the id then tells them apart.
+        return id(self.weight), self.weight._version, self.weight.dtype
 
     def train(self, mode: bool = True) -> "Dictionary":
         super().train(mode)
-        if not mode:
+        if mode:
+            self._measured = None  # whatever training does to the weights, evaluation measures them anew
+        else:
             self._refresh()
         return self
 
@@ -222,10 +232,12 @@ class ConvDictionary(Dictionary):
     def _symbol(self) -> tuple[Tensor, Tensor]:
         kernel = self.polyphase()
         side = kernel.shape[-1]
-        # Twice as many frequencies as taps, of which a real kernel needs half: the symbol is smooth between them.
-        rows, columns = torch.meshgrid(torch.arange(2 * side), torch.arange(side + 1), indexing="ij")
+        # A real kernel needs half of the frequencies. Between them the symbol is smooth; that of a small dictionary
+        # has sharper peaks, and can afford a finer grid.
+        half = 2 * side if kernel.numel() < FINE_GRID_BELOW else side
+        rows, columns = torch.meshgrid(torch.arange(2 * half), torch.arange(half + 1), indexing="ij")
         taps = torch.cartesian_prod(torch.arange(side), torch.arange(side)).to(self.weight)
-        angle = torch.stack([rows.flatten(), columns.flatten()], 1).to(self.weight) @ taps.mT * (math.pi / side)
+        angle = torch.stack([rows.flatten(), columns.flatten()], 1).to(self.weight) @ taps.mT * (math.pi / half)
         waves = torch.cat([angle.cos(), angle.sin()])
         real, imaginary = (waves @ kernel.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)).chunk(2)
         return real.unflatten(1, kernel.shape[:2]), imaginary.unflatten(1, kernel.shape[:2])

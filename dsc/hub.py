@@ -124,7 +124,8 @@ def card(config: dict[str, Any]) -> str:
     rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in facts["metrics"].items())
     return (
         "---\nlibrary_name: timm\nlicense: mit\ntags: [sparse-coding, deep-sparse-coding]\n---\n"
-        f"# {name}\n\nTrained with `{facts['command']}` (seed {facts['seed']}).\n\n"
+        f"# {name}\n\nSeed {facts['seed']}; the training configuration is in `{CONFIG}` under `dsc.training`. "
+        "`dsc evaluate path/to/this/folder` measures these figures anew.\n\n"
         f"| test figure | value |\n| --- | --- |\n{rows}\n\n"
         "```python\nimport dsc\n\nmodel = dsc.load(\"path/to/this/folder\").eval()\n```\n"
     )

@@ -1,6 +1,8 @@
 """`SparseCoding`, a dictionary, a prox and a solver as one layer; `DeepSparseCoding`, several of them."""
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -44,7 +46,7 @@ class SparseCoding(nn.Module):
     ) -> None:
         super().__init__()
         if (isinstance(step, str) and step not in ("lipschitz", "learned")) or (
-            not isinstance(step, str) and not step > 0
+            not isinstance(step, str) and not 0 < step < math.inf
         ):
             raise ValueError(f'step must be "lipschitz", "learned" or a number above 0, got {step!r}')
         self.dictionary, self.prox = dictionary, prox
@@ -52,6 +54,7 @@ class SparseCoding(nn.Module):
         self.step = step
         self.relative_step = nn.Parameter(torch.tensor(0.9).logit()) if step == "learned" else None
         self.bias = nn.Parameter(torch.zeros(dictionary.num_atoms)) if bias else None
+        self.code_size = 1.0  # root mean square of the code to expect, where a model keeps track of it
         self.code = nn.Identity()  # every final code passes here once: what `dsc.observe` watches
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +109,7 @@ class SparseCoding(nn.Module):
     def trace(self, x: Tensor, steps: int = 32, solver: type[ISTA] | None = None) -> list[Tensor]:
         """Codes after 1, …, `steps` steps with the input frozen, by the layer's own kind of solver or another."""
         record: list[Tensor] = []
-        self.solve(x, (solver or type(self.solver))(steps=steps), record)
+        self.solve(x, solver(steps=steps) if solver else replace(self.solver, steps=steps), record)
         return record
 
     @torch.no_grad()

@@ -22,7 +22,9 @@ def hoyer(z: Tensor) -> Tensor:
     Shape (signals,); signals whose code is all zero have no index and are left out (Hoyer 2004).
     """
     flat = z.flatten(1).float()
-    flat = flat[flat.any(1)]
+    if flat.shape[1] < 2:
+        raise ValueError("a Hoyer index needs codes of at least two entries")
+    flat = flat[flat.any(1)] / flat[flat.any(1)].abs().amax(1, keepdim=True)  # keeps tiny codes from underflow
     root = flat.shape[1] ** 0.5
     return (root - flat.norm(p=1, dim=1) / flat.norm(dim=1)) / (root - 1)
 
@@ -65,7 +67,7 @@ def fitted_rate(errors: Tensor, floor: float = 1e-6) -> Tensor | None:
     None where fewer than two errors are left or one is not finite.
     """
     errors = errors.detach().double()
-    above = errors > floor
+    above = ~(errors <= floor)  # NaN counts as above, and is answered below
     errors = errors[: int(above.long().cumprod(0).sum())]
     if len(errors) < 2 or not errors.isfinite().all():
         return None

@@ -17,6 +17,7 @@ Groups are equal, consecutive channels along `dim`. Torch's activations (`gelu`,
 they are no prox, have no penalty and say so.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -101,17 +102,18 @@ class Prox(nn.Module):
     def __init__(self, threshold: float | Sequence[float] | None = None, learn: bool = False, dim: int = 1) -> None:
         super().__init__()
         self.dim, self.learn = dim, learn
-        value = torch.as_tensor(self.default_threshold if threshold is None else threshold, dtype=torch.float32)
+        given = self.default_threshold if threshold is None else threshold
+        value = torch.as_tensor(given, dtype=torch.float32)
         if (value < 0).any() or not value.isfinite().all():
             raise ValueError(f"threshold must be finite and at least 0, got {threshold}")
         if learn:
             if (value == 0).any():
                 raise ValueError("a learnable threshold starts above 0 (it is a softplus): give threshold > 0")
-            self.raw_threshold = nn.Parameter(value.expm1().log())
-        elif value.ndim:
-            self.register_buffer("fixed_threshold", value)
+            self.raw_threshold = nn.Parameter(value + (-(-value).expm1()).log())  # the inverse of softplus
+        elif isinstance(given, int | float):
+            self.fixed_threshold = float(given)
         else:
-            self.fixed_threshold = float(value)
+            self.register_buffer("fixed_threshold", value)
 
     @property
     def threshold(self) -> Threshold:
@@ -149,6 +151,8 @@ class Prox(nn.Module):
         threshold = self.threshold
         if not isinstance(threshold, Tensor) or threshold.ndim == 0:
             return threshold
+        if threshold.numel() == 1:
+            return threshold.reshape(())
         expected = z.shape[self.dim] // self.group_size_of(z.shape[self.dim])
         if threshold.numel() != expected:
             raise ValueError(f"threshold has {threshold.numel()} values, expected 1 or {expected}")
@@ -299,13 +303,15 @@ def create_activation(activation: Activation, dim: int = 1, **kwargs: Any) -> Pr
     """
     given = {key: value for key, value in kwargs.items() if value is not None}
     if isinstance(activation, Prox):
+        if given:
+            raise ValueError(f"{', '.join(sorted(given))} given beside an activation that is made already: {activation}")
         return activation
     if isinstance(activation, str) and activation not in PROX | TORCH:
         raise ValueError(unknown("activation", activation, list_activations()))
     kind = (PROX | TORCH).get(activation, activation) if isinstance(activation, str) else activation
     is_prox = inspect.isclass(kind) and issubclass(kind, Prox)
     takes = set(inspect.signature(kind).parameters) if is_prox else set()
-    for key in given.keys() - takes:
+    for key in sorted(given.keys() - takes):
         who = [name for name, prox in PROX.items() if key in inspect.signature(prox).parameters]
         raise ValueError(f"activation {activation!r} takes no {key} (taken by: {', '.join(who) or 'none'})")
     if is_prox:
@@ -317,6 +323,6 @@ def activation_factory(activation: Activation, **kwargs: Any) -> Callable[..., P
     """Callable for timm's `act_layer=`: makes the activation anew on each call and ignores `inplace`."""
 
     def make(inplace: bool = False) -> Prox:
-        return create_activation(activation, **kwargs)
+        return copy.deepcopy(create_activation(activation, **kwargs))  # deep: a ready module is not to be shared
 
     return make

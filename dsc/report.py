@@ -26,42 +26,38 @@ PROBE_IMAGES = 32
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 
-def finish(run: Path, task: Task, trainer: Trainer, data: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Write best weights, summary and pictures of a fitted and tested run into its folder; returns the summary."""
-    curves = probe_curves(task, data)
-    summary = {
-        "run": str(run),
-        "dataset": data.dataset,
-        "seed": config["seed_everything"],
-        "epochs": trainer.current_epoch,
-        "parameters": sum(p.numel() for p in task.model.parameters()),
-        "test": _test_figures(trainer),
-        "convergence": curve_figures(curves, DEPTHS),
-    }
+def finish(run: Path, task: Task, data: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Test the task's model and write its weights, summary and pictures into the run's folder; returns the summary."""
+    summary, curves = measure(task, data, config["seed_everything"])
     save_best(run, task, data, summary, config)
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw(run, read_metrics(run), curves, task.model, data.in_chans * data.image_size**2)
     return summary
 
 
-def measure(folder: Path, root: str | None = None) -> tuple[dict[str, Any], Curves]:
-    """Test figures and convergence of a checkpoint folder, measured anew, as in a run's summary."""
+def measure(task: Task, data: Any, seed: int) -> tuple[dict[str, Any], Curves]:
+    """Test figures (in full precision, whatever it was trained in) and convergence curves of the task's model."""
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.test(task, data, verbose=False)
+    curves = probe_curves(task, data)
+    return {
+        "dataset": data.dataset,
+        "seed": seed,
+        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "test": {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items()},
+        "convergence": curve_figures(curves, DEPTHS),
+    }, curves
+
+
+def measure_checkpoint(folder: Path, root: str | None = None) -> tuple[dict[str, Any], Curves]:
+    """The same for the weights of a checkpoint folder, on the data set they were trained on."""
     config = hub.read_config(folder)
     facts = config["dsc"]
     data = ImageData(facts["dataset"], root=root, normalize=facts["normalize"])
     kind = {"Classifier": Classifier, "Reconstructor": Reconstructor}[facts["task"]]
     task = kind(model=config["architecture"], model_args=config["model_args"], data=data)
     hub.load_weights(task.model, folder)
-    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.test(task, data, verbose=False)
-    curves = probe_curves(task, data)
-    return {
-        "dataset": data.dataset,
-        "seed": facts["seed"],
-        "parameters": sum(p.numel() for p in task.model.parameters()),
-        "test": _test_figures(trainer),
-        "convergence": curve_figures(curves, DEPTHS),
-    }, curves
+    return measure(task, data, facts["seed"])
 
 
 def compare(measured: Mapping[str, float], card: Mapping[str, float], tolerance: float = 2e-4) -> None:
@@ -70,10 +66,6 @@ def compare(measured: Mapping[str, float], card: Mapping[str, float], tolerance:
              if abs(measured.get(k, float("inf")) - v) > tolerance]  # fmt: skip
     if wrong:
         raise ValueError("the checkpoint does not reach its card's figures: " + "; ".join(wrong))
-
-
-def _test_figures(trainer: Trainer) -> dict[str, float]:
-    return {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
 
 
 def probe_curves(task: Task, data: Any) -> Curves:
@@ -104,7 +96,6 @@ def save_best(run: Path, task: Task, data: Any, summary: dict[str, Any], config:
         "seed": summary["seed"],
         "metrics": summary["test"],
         "convergence": summary["convergence"],
-        "command": f"dsc evaluate {task.architecture}.{data.dataset}",
         "training": {key: config[key] for key in ("data", "model", "trainer", "seed_everything") if key in config},
     }
     cfg = {key: value for key, value in cfg.items() if value is not None or key == "classifier"}

@@ -14,7 +14,9 @@ from dsc.prox import Activation, Prox, create_activation
 from dsc.solvers import ISTA
 
 M = TypeVar("M", bound=nn.Module)
-SMALL_THRESHOLD = 0.01  # where a learned λ starts whose activation's own is 0 (a softplus cannot start there)
+# Where an unrolled layer's λ starts, as a fraction of an entry's (or group norm's) expected size. Shrinkage is the
+# only non-linearity of a signed group prox, so there it must bite from the start.
+RELATIVE_THRESHOLD = {False: 0.1, True: 0.5}
 
 
 @dataclass(frozen=True)
@@ -27,25 +29,49 @@ class Act:
     threshold: float | None = None
     learn_threshold: bool | None = None
 
-    def make(self, dim: int, channels: int | None = None) -> Prox:
-        """The module, its channels along `dim`; a learned λ has one value a channel (or group) of `channels`."""
-        arguments = dict(group_size=self.group_size, groups=self.groups)
-        prox = create_activation(self.name, dim, threshold=self.threshold, **arguments)
-        if not (self.learn_threshold and prox.is_prox):
-            return prox
-        start = float(prox.threshold) or SMALL_THRESHOLD
-        units = 1 if channels is None else channels // prox.group_size_of(channels)
-        return create_activation(self.name, dim, threshold=[start] * units, learn=True, **arguments)
+    def make(self, dim: int) -> Prox:
+        """The module, its channels along `dim`, its λ as given."""
+        return create_activation(
+            self.name,
+            dim,
+            group_size=self.group_size,
+            groups=self.groups,
+            threshold=self.threshold,
+            learn=self.learn_threshold,
+        )
+
+    def make_relative(self, dim: int, channels: int, size: float) -> Prox:
+        """The module for codes whose entries are about `size`: λ is that fraction of an entry (or group norm).
+
+        A learned λ has one value a channel or group.
+        """
+        shape = dict(group_size=self.group_size, groups=self.groups)
+        prox = create_activation(self.name, dim, **shape)
+        if not prox.is_prox:
+            return self.make(dim)
+        members = prox.group_size_of(channels)
+        fraction = RELATIVE_THRESHOLD[prox.is_grouped] if self.threshold is None else self.threshold
+        value = fraction * size * members**0.5
+        if not self.learn_threshold:
+            return create_activation(self.name, dim, threshold=value, **shape)
+        return create_activation(self.name, dim, threshold=[value] * (channels // members), learn=True, **shape)
 
 
-def sparse_layer(dictionary: Dictionary, prox: Prox, solver: ISTA) -> SparseCoding:
-    """A network's layer: one step of size 1 with a bias, the plain layer; or several that 1/L keeps convergent."""
-    plain = solver.steps == 1
-    if not plain:
-        # From unit atoms to ‖D‖ ≈ 1: the first step then keeps the scale of its input, layer upon layer.
-        with torch.no_grad():
-            dictionary.weight.div_(dictionary.curvature().sqrt())
-    return SparseCoding(dictionary, prox, solver, step=1.0 if plain else "learned", bias=plain)
+def sparse_layer(dictionary: Dictionary, act: Act, dim: int, solver: ISTA, size: float = 1.0) -> SparseCoding:
+    """A network's layer: one step of size 1 with a bias, the plain layer; or several that 1/L keeps convergent.
+
+    `size` is the expected size (root mean square) of the layer's input; the layer's `code_size` is its code's, on
+    noise. An unrolled layer starts from ‖D‖ ≈ 1 rather than unit atoms: its code is then not smaller by 1/L.
+    """
+    if solver.steps == 1:
+        return SparseCoding(dictionary, act.make(dim), solver, step=1.0, bias=True)
+    with torch.no_grad():
+        gain = float(dictionary.curvature().rsqrt())
+        dictionary.weight.mul_(gain)
+        layer = SparseCoding(dictionary, act.make_relative(dim, dictionary.num_atoms, gain * size), solver, "learned")
+        noise = gain * size * torch.randn(256, dictionary.num_atoms)
+        layer.code_size = float(layer.prox(noise).square().mean().sqrt())  # dims 1 and −1 agree here
+    return layer
 
 
 def default_cfgs(**architectures: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`dsc_cnn`: multi-layer convolutional sparse coding with a linear head."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from timm.layers import ClassifierHead
@@ -8,7 +9,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from dsc.dictionaries import ConvDictionary
-from dsc.layers import DeepSparseCoding
+from dsc.layers import DeepSparseCoding, SparseCoding
 from dsc.models._build import Act, build, sparse_layer
 from dsc.models._build import default_cfgs as make_default_cfgs
 from dsc.prox import Activation
@@ -26,7 +27,8 @@ class DSCNN(nn.Module):
         steps: proximal steps; jointly over all layers (ML-ISTA with steps − 1 unfoldings), or in each one.
         solver: "ista" or "fista".
         joint: solve all layers together, or one after the other.
-        activation, group_size, groups, threshold: see `dsc.create_activation`.
+        activation, group_size, groups: see `dsc.create_activation`.
+        threshold: λ; with more than one step, as a fraction of the code's expected size.
         learn_threshold: learn λ of each channel or group; None for whenever there is more than one step.
     """
 
@@ -56,13 +58,15 @@ class DSCNN(nn.Module):
         plain = steps == 1
         act = Act(activation, group_size, groups, threshold, not plain if learn_threshold is None else learn_threshold)
         rule = create_solver(solver, steps)
-        dictionaries = map(ConvDictionary, (in_chans, *channels), channels, kernel_sizes, strides, paddings)
-        layers = [sparse_layer(dictionary, act.make(1, dictionary.num_atoms), rule) for dictionary in dictionaries]
+        layers: list[SparseCoding] = []
+        for shape in zip((in_chans, *channels), channels, kernel_sizes, strides, paddings, strict=False):
+            size = layers[-1].code_size if layers else 1.0
+            layers.append(sparse_layer(ConvDictionary(*shape), act, 1, rule, size))
         self.coder = DeepSparseCoding(layers, rule, joint)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = channels[-1]
         self.feature_info = [
-            dict(num_chs=c, reduction=_product(strides[: i + 1]), module=f"coder.layers.{i}.code")
+            dict(num_chs=c, reduction=prod(strides[: i + 1]), module=f"coder.layers.{i}.code")
             for i, c in enumerate(channels)
         ]
         self.norm = nn.BatchNorm2d(channels[-1])
@@ -87,13 +91,6 @@ class DSCNN(nn.Module):
         """A fresh head for another number of classes."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-
-
-def _product(values: Sequence[int]) -> int:
-    product = 1
-    for value in values:
-        product *= value
-    return product
 
 
 default_cfgs = make_default_cfgs(

@@ -20,7 +20,8 @@ class DSCTransformer(nn.Module):
         dim, depth, num_heads: as in a vision transformer.
         atoms_ratio: atoms of each token dictionary over `dim`; None for blocks of attention and prox alone.
         steps, solver: the sparse-coding step's; ``steps=1`` is the standard transformer block.
-        activation, group_size, groups, threshold: see `dsc.create_activation`.
+        activation, group_size, groups: see `dsc.create_activation`.
+        threshold: λ; in sparse-coding steps (more than one), as a fraction of the code's expected size.
         learn_threshold: learn λ of each channel or group; None for whenever there is more than one step.
     """
 
@@ -51,9 +52,9 @@ class DSCTransformer(nn.Module):
 
         def block() -> nn.Module:
             if atoms_ratio is None:
-                return AttentionBlock(dim, num_heads, act.make(-1, dim))
+                return AttentionBlock(dim, num_heads, act.make(-1))
             dictionary = DenseDictionary(dim, atoms_ratio * dim)
-            return TransformerBlock(dim, num_heads, sparse_layer(dictionary, act.make(-1, dictionary.num_atoms), rule))
+            return TransformerBlock(dim, num_heads, sparse_layer(dictionary, act, -1, rule))
 
         self.stem = ConvStem(in_chans, dim)
         self.blocks = nn.Sequential(*(block() for _ in range(depth)))
