@@ -33,15 +33,15 @@ def dense(features=6, atoms=8, name="soft", threshold=0.25, dim=-1, seed=0, **kw
 
 def with_bias(layer):
     if layer.bias is not None:
-        nn.init.uniform_(layer.bias, -0.3, 0.3)
+        nn.init.uniform_(layer.bias, -0.05, 0.05)
     return layer
 
 
 def chain(joint, steps=1, **kwargs):
     layers = [
-        conv(2, 4, 3, 1, 1, seed=1, solver=ISTA(steps), **kwargs),
-        conv(4, 6, 3, 2, 0, "group_relu", 0.1, seed=2, solver=ISTA(steps), **kwargs),
-        conv(6, 3, 2, 1, 0, "relu", 0.05, seed=3, solver=ISTA(steps), **kwargs),
+        conv(2, 4, 3, 1, 1, threshold=0.05, seed=1, solver=ISTA(steps), **kwargs),
+        conv(4, 6, 3, 2, 0, "group_relu", 0.01, seed=2, solver=ISTA(steps), **kwargs),
+        conv(6, 3, 2, 1, 0, "relu", 0.001, seed=3, solver=ISTA(steps), **kwargs),
     ]
     return DeepSparseCoding(layers, ISTA(steps), joint)
 
