@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, Trainer
@@ -17,28 +18,37 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dsc import hub, report, runs
 from dsc._names import unknown
-from dsc.tasks import Task
+from dsc.data import ImageData
+from dsc.tasks import Classifier, Reconstructor, Task
 
 DEFAULT_CONFIG = "configs/digits.yaml"
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, whose errors about an unknown key also name the nearest valid one."""
+    """Lightning's parser, whose errors are the cause alone, and name the nearest valid key to an unknown one."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        super().error(f"{message}{self._nearest(message)}", ex)
-
-    def _nearest(self, message: str) -> str:
-        wrong = _unknown_key(message)
-        return f"\n  {unknown('key', wrong, self._keys())[:300]}" if wrong else ""
-
-    def _keys(self) -> list[str]:
-        return [action.dest for action in self._actions]
+        found = re.search(r"Option '(\S+)' is not accepted|unrecognized arguments: (\S+)", message)
+        if found:
+            wrong = (found[1] or found[2]).lstrip("-").split("=")[0]
+            known = [action.dest for action in self._actions] + _task_and_data_keys()
+            message = unknown("key", wrong, known).split(" Known:")[0]
+        super().error(_cause(message), ex)
 
 
-def _unknown_key(message: str) -> str | None:
-    found = re.search(r"[Uu]nrecognized arguments: (\S+)|[Kk]ey ['\"]([\w.]+)['\"] is not expected", message)
-    return (found[1] or found[2]).lstrip("-").split("=")[0] if found else None
+def _cause(message: str) -> str:
+    # A wrong value deep inside is reported with every type that was tried and the whole configuration.
+    causes = re.findall(r"^ *((?:- (?!Expected|Problem)|unknown key).+)$", message, re.M)
+    return causes[0].removeprefix("- ") if causes else message
+
+
+def _task_and_data_keys() -> list[str]:
+    keys: list[str] = []
+    for kind in (Classifier, Reconstructor, ImageData):
+        parser = jsonargparse.ArgumentParser()
+        parser.add_class_arguments(kind)
+        keys += [action.dest for action in parser._actions]
+    return keys
 
 
 class SaveConfig(SaveConfigCallback):
@@ -115,7 +125,7 @@ def train(args: Sequence[str]) -> dict[str, Any] | None:
         parser_class=Parser,
         save_config_callback=SaveConfig,
         seed_everything_default=0,
-        trainer_defaults=dict(num_sanity_val_steps=0),
+        trainer_defaults=dict(num_sanity_val_steps=0, enable_model_summary=False),
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         args=list(args),
@@ -142,6 +152,9 @@ def _fit_and_report(cli: CLI) -> dict[str, Any] | None:
 def _quiet() -> None:
     # Batches are slices of tensors in memory: worker processes would only copy them.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
 def _default_config() -> str:
@@ -162,7 +175,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[command](rest)
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
-        sys.stderr.write(f"dsc {command}: {error}\n")
+        sys.stderr.write(f"dsc {command}: {_cause(str(error))}\n")
         sys.exit(2)
 
 

@@ -40,7 +40,7 @@ class DSCNN(nn.Module):
         kernel_sizes: Sequence[int] = (6, 6, 4),
         strides: Sequence[int] = (2, 2, 1),
         paddings: Sequence[int] = (0, 0, 0),
-        steps: int = 4,
+        steps: int = 3,
         solver: str = "ista",
         joint: bool = True,
         activation: Activation = "relu",
@@ -93,16 +93,21 @@ class DSCNN(nn.Module):
         self.head.reset(num_classes, global_pool)
 
 
-default_cfgs = make_default_cfgs(
-    dsc_cnn=dict(
-        input_size=(3, 32, 32), num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, classifier="head.fc"
-    )
+_cfg = dict(
+    input_size=(3, 32, 32), num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, classifier="head.fc"
 )
+_features = dict(out_indices=(0, 1, 2), feature_cls="hook")
+default_cfgs = make_default_cfgs(dsc_cnn=_cfg, dsc_cnn_pico=_cfg)
 
 
 @register_model
 def dsc_cnn(pretrained: bool = False, **kwargs: Any) -> DSCNN:
-    """Three convolutional dictionaries of 32, 64 and 512 atoms."""
-    return build(
-        DSCNN, "dsc_cnn", pretrained, kwargs, feature_cfg=dict(out_indices=(0, 1, 2), feature_cls="hook")
-    )
+    """Three dictionaries of 32, 64 and 512 atoms of 6, 6 and 4 pixels, as ML-ISTA's network for MNIST."""
+    return build(DSCNN, "dsc_cnn", pretrained, kwargs, feature_cfg=_features)
+
+
+@register_model
+def dsc_cnn_pico(pretrained: bool = False, **kwargs: Any) -> DSCNN:
+    """Three dictionaries of 32, 64 and 128 atoms of 3 pixels, for images from 8 pixels on."""
+    shape = dict(channels=(32, 64, 128), kernel_sizes=(3, 3, 3), strides=(1, 2, 2), paddings=(1, 1, 1))
+    return build(DSCNN, "dsc_cnn_pico", pretrained, shape | kwargs, feature_cfg=_features)

@@ -1,0 +1,275 @@
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from dsc import hub, models
+
+CNN = {"channels": [8, 8, 16], "kernel_sizes": [3, 3, 3], "strides": [2, 1, 1], "num_classes": 4}
+ENTRIES = {
+    "dsc_cnn": CNN | {"activation": "group_relu", "group_size": 4},
+    "dsc_vit_pico": {"dim": 16, "depth": 2, "num_classes": 4},
+    "dsc_attn_pico": {"dim": 16, "depth": 2, "num_classes": 4, "activation": "soft", "threshold": 0.2},
+    "gsae": {"img_size": 8, "num_atoms": 32, "group_size": 8},
+    "sae": {"img_size": 8, "num_atoms": 32, "steps": 3},
+}
+FACTS = {
+    "task": "Classifier",
+    "dataset": "digits",
+    "normalize": True,
+    "activation": "GroupReLU",
+    "seed": 7,
+    "metrics": {"accuracy": 0.98765, "loss": 0.04321},
+    "convergence": [],
+    "training": {"seed_everything": 7},
+}
+
+
+def trained(name, args):
+    """A model whose parameters and buffers all differ from a fresh one's."""
+    torch.manual_seed(1)
+    model = models.create_model(name, **args).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        for _ in range(2):
+            model(inputs(model, args, seed=3))
+    return model.eval()
+
+
+def inputs(model, args, seed=0):
+    channels, size, _ = model.pretrained_cfg["input_size"]
+    size = args.get("img_size", size)
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def save(model, folder, name="dsc_cnn", args=ENTRIES["dsc_cnn"], **facts):
+    cfg = {key: model.pretrained_cfg[key] for key in ("classifier", "fixed_input_size")}
+    size = args.get("img_size", 32)
+    channels = model.pretrained_cfg["input_size"][0]
+    cfg |= {"input_size": [channels, size, size], "num_classes": model.num_classes}
+    cfg |= {"mean": [0.25] * channels, "std": [0.5] * channels, "crop_pct": 1.0, "license": "mit"}
+    return hub.save(model, folder, name, args, cfg, FACTS | facts)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return trained("dsc_cnn", ENTRIES["dsc_cnn"])
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    return save(model, tmp_path / "best")
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_round_trip_by_us_and_by_timm(name, tmp_path):
+    args = ENTRIES[name]
+    model = trained(name, args)
+    folder = save(model, tmp_path / "best", name, args)
+    x = inputs(model, args)
+    for loaded in (models.load(folder), timm.create_model(f"local-dir:{folder}", pretrained=True)):
+        assert type(loaded) is type(model)
+        loaded.load_state_dict(model.state_dict())  # the same keys and shapes …
+        assert torch.equal(loaded.eval()(x), model(x))
+    for loaded in (models.load(folder), timm.create_model(f"local-dir:{folder}", pretrained=True)):
+        assert torch.equal(loaded.eval()(x), model(x))  # … and the same values
+        assert tuple(loaded.pretrained_cfg["mean"]) == (0.25,) * x.shape[1]
+        assert tuple(loaded.pretrained_cfg["input_size"]) == tuple(x.shape[1:])
+
+
+def test_every_model_of_the_zoo_is_tried():
+    assert set(ENTRIES) == set(models.list_models())
+
+
+def test_folder_says_what_it_holds(folder, model):
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "dsc_cnn" and config["num_classes"] == 4
+    assert config["model_args"] == ENTRIES["dsc_cnn"]
+    assert FACTS.items() <= config["dsc"].items()
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert config["dsc"]["sha256"] == digest and config["dsc"]["torch"] == torch.__version__
+
+
+def test_card_shows_the_figures(folder):
+    text = (folder / "README.md").read_text()
+    assert text == hub.card(hub.read_config(folder))
+    assert "# dsc_cnn, digits, GroupReLU" in text and "Seed 7" in text
+    assert "| accuracy | 0.9877 |" in text and "| loss | 0.0432 |" in text
+
+
+@pytest.mark.parametrize("place", [0, 100, -1])
+def test_altered_byte_is_found(folder, place):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="model.safetensors was altered or truncated.*SHA-256"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 1000, -1])
+def test_truncated_file_is_found(folder, kept):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="model.safetensors was altered or truncated"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize("pickle", ["pytorch_model.bin", "model.pt", "last.ckpt"])
+def test_missing_weights_and_no_pickle_in_their_place(folder, model, pickle):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no model.safetensors$"):
+        models.load(folder)
+    torch.save(model.state_dict(), folder / pickle)
+    with pytest.raises(FileNotFoundError, match=f"has no model.safetensors .{pickle} may hold a pickle"):
+        models.load(folder)
+
+
+def test_folder_that_is_none(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder: it has no config.json"):
+        models.load(tmp_path / "nowhere")
+    (folder / "config.json").write_text('{"architecture": "resnet18"}')
+    with pytest.raises(ValueError, match="config.json lacks 'architecture' or 'dsc'"):
+        models.load(folder)
+
+
+def test_other_architecture_says_what_differs(folder):
+    torch.manual_seed(0)
+    wider = models.create_model("dsc_cnn", **ENTRIES["dsc_cnn"] | {"channels": [8, 8, 24]})
+    before = {key: value.clone() for key, value in wider.state_dict().items()}
+    differs = r"coder.layers.2.dictionary.weight has shape \(16, 8, 3, 3\), the model \(24, 8, 3, 3\)"
+    with pytest.raises(ValueError, match=f"another architecture .dsc_cnn.: .*{differs}"):
+        hub.load_weights(wider, folder)
+    assert all(torch.equal(value, before[key]) for key, value in wider.state_dict().items())
+    with pytest.raises(ValueError, match="missing .*unexpected .*…"):
+        hub.load_weights(models.create_model("dsc_vit_pico"), folder)
+
+
+@pytest.mark.parametrize("load", [models.load, lambda f, **kw: timm.create_model(f"local-dir:{f}", True, **kw)])
+def test_another_number_of_classes_replaces_the_head_alone(folder, model, load):
+    torch.manual_seed(5)
+    loaded = load(folder, num_classes=7)
+    assert loaded.num_classes == loaded.get_classifier().out_features == 7
+    for key, value in model.state_dict().items():
+        if not key.startswith("head."):
+            assert torch.equal(loaded.state_dict()[key], value), key
+    torch.manual_seed(6)
+    assert not torch.equal(load(folder, num_classes=7).get_classifier().weight, loaded.get_classifier().weight)
+    x = inputs(model, {})
+    assert torch.equal(loaded.eval().forward_features(x), model.forward_features(x))
+
+
+def test_number_of_classes_that_is_the_same_keeps_the_head(folder, model):
+    assert torch.equal(models.load(folder, num_classes=4).get_classifier().weight, model.get_classifier().weight)
+
+
+@pytest.mark.parametrize("key, value", [("activation", "soft"), ("group_size", 2), ("channels", [4, 4, 4])])
+def test_argument_against_the_checkpoint_is_an_error(folder, key, value):
+    with pytest.raises(ValueError, match=f"checkpoint best was trained with {key}=.*, not "):
+        models.load(folder, **{key: value})
+    saved = ENTRIES["dsc_cnn"][key]
+    assert models.load(folder, **{key: saved}) is not None
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"out_indices": (1, 2)}, {"num_classes": 4}])
+def test_features_of_a_checkpoint_are_its_codes(folder, model, kwargs):
+    features = models.load(folder, features_only=True, **kwargs).eval()
+    x = inputs(model, {})
+    codes = model.coder.codes(x)
+    for found, code in zip(features(x), codes[1:] if "out_indices" in kwargs else codes, strict=True):
+        assert torch.equal(found, code)
+
+
+@pytest.mark.parametrize("name, kwargs", [("resnet18", {}), ("convnext_atto", {}), ("vit_tiny_patch16_224", {"img_size": 32})])
+def test_backbone_round_trip_also_as_features(name, kwargs, tmp_path):
+    args = {"activation": "soft", "threshold": 0.05, "num_classes": 3, **kwargs}
+    torch.manual_seed(0)
+    model = models.create_model(name, **args).eval()
+    folder = save(model, tmp_path / "best", name, args)
+    x = inputs(model, {"img_size": 32})
+    loaded = models.load(folder).eval()
+    assert torch.equal(loaded(x), model(x)) and loaded.swapped_activations == model.swapped_activations
+    other = models.load(folder, num_classes=5).eval()
+    assert other(x).shape == (2, 5) and torch.equal(other.forward_features(x), model.forward_features(x))
+    torch.manual_seed(1)
+    maps = models.load(folder, features_only=True).eval()(x)
+    torch.manual_seed(2)
+    again = models.load(folder, features_only=True).eval()(x)
+    for first, second in zip(maps, again, strict=True):  # weights that were not loaded would be random
+        assert torch.equal(first, second)
+
+
+def test_checkpoint_is_never_overwritten(folder, model):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        save(trained("dsc_cnn", ENTRIES["dsc_cnn"] | {"activation": "group_relu_nonneg"}), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# Published checkpoints: folders beside (or in) the package
+
+
+@pytest.fixture
+def published(model, tmp_path, monkeypatch):
+    """A clone with one checkpoint beside its package and one in it."""
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "dsc" / "hub.py"))
+    save(model, tmp_path / "checkpoints" / "dsc_cnn.digits")
+    args = ENTRIES["gsae"]
+    save(trained("gsae", args), tmp_path / "dsc" / "checkpoints" / "gsae.mnist", "gsae", args)
+    (tmp_path / "checkpoints" / "no_config").mkdir()
+    return tmp_path
+
+
+def test_published_checkpoints_are_found_by_name(published, model):
+    assert hub.checkpoint_folders() == {
+        "dsc_cnn.digits": published / "checkpoints" / "dsc_cnn.digits",
+        "gsae.mnist": published / "dsc" / "checkpoints" / "gsae.mnist",
+    }
+    x = inputs(model, {})
+    for name in ("dsc_cnn.digits", "dsc_cnn"):
+        assert torch.equal(models.create_model(name, pretrained=True).eval()(x), model(x))
+    assert models.create_model("dsc_cnn", pretrained=True, num_classes=6).num_classes == 6
+    with pytest.raises(ValueError, match="dsc_cnn.digits was trained with activation='group_relu', not 'relu'"):
+        models.create_model("dsc_cnn.digits", pretrained=True, activation="relu")
+
+
+def test_unknown_checkpoint_names_the_nearest(published):
+    message = "unknown checkpoint 'dsc_cnn.digit'; did you mean 'dsc_cnn.digits'.*dsc_cnn.digits, gsae.mnist"
+    with pytest.raises(ValueError, match=message):
+        hub.find("dsc_cnn.digit")
+    with pytest.raises(ValueError, match=message):
+        models.create_model("dsc_cnn.digit", pretrained=True)
+
+
+def test_timm_knows_published_checkpoints(published, model, tmp_path):
+    torch.save(model(inputs(model, {})), tmp_path / "expected.pt")
+    script = f"""
+import sys, timm, torch
+from dsc import hub
+hub.__file__ = {hub.__file__!r}
+from dsc import models
+x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+expected = torch.load({str(tmp_path / "expected.pt")!r})
+assert "dsc_cnn.digits" in timm.list_pretrained("dsc_*"), timm.list_pretrained("dsc_*")
+for make in (timm.create_model, models.create_model):
+    for name in ("dsc_cnn.digits", "dsc_cnn"):
+        model = make(name, pretrained=True).eval()
+        assert torch.equal(model(x), expected), name
+        assert tuple(model.pretrained_cfg["mean"]) == (0.25,) * 3, name
+    assert make("dsc_cnn.digits", pretrained=True, num_classes=9)(x).shape == (2, 9)
+    assert make("dsc_cnn").num_classes == 10
+    try:
+        make("dsc_cnn.digits", pretrained=True, activation="soft")
+    except ValueError as error:
+        assert "trained with activation='group_relu', not 'soft'" in str(error)
+    else:
+        sys.exit("a conflicting activation was accepted")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,66 @@
+"""Calls go down: a file imports only from rows below it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "dsc"
+
+# Each module may import from those in the lines below its own, and from nothing in its line or above.
+ROWS = [
+    ["__init__"],
+    ["cli"],
+    ["report"],
+    ["runs"],
+    ["tasks"],
+    ["data"],
+    ["models"],
+    ["hub"],
+    ["metrics", "regularizers"],
+    ["observe"],
+    ["blocks"],
+    ["layers"],
+    ["dictionaries", "solvers"],
+    ["measures"],
+    ["prox"],
+    ["_names"],
+]
+RANK = {module: row for row, modules in enumerate(ROWS) for module in modules}
+
+
+def imported(path: Path) -> set[str]:
+    """First part below `dsc` of every module that the file imports from the package, at any depth of its code."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module} if node.module != "dsc" else {f"dsc.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("dsc.")}
+
+
+def test_every_module_has_a_row():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert modules == RANK.keys()
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    inside = path.relative_to(PACKAGE).parts
+    module = inside[0] if len(inside) > 1 else path.stem
+    up = {name for name in imported(path) if RANK[name] <= RANK[module] and not (len(inside) > 1 and name == module)}
+    assert not up
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            documented = ast.get_docstring(node) is not None
+            body = node.body[1:] if documented else node.body
+            length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert length <= 40, f"{node.name} has {length} lines"

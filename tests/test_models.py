@@ -1,0 +1,472 @@
+import re
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+from oracles import rows, unrows
+from timm.layers.activations import GELU
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.nn import functional as F
+
+from dsc import hub, models
+from dsc.layers import SparseCoding
+from dsc.observe import sparse_layers
+from dsc.prox import Prox, list_activations
+
+MODELS = models.list_models()
+BACKBONES = {
+    "resnet18": {},
+    "convnext_atto": {},
+    "vit_tiny_patch16_224": {"img_size": 32},
+    "mobilenetv3_small_050": {},
+    "mixer_s16_224": {"img_size": 32},
+}
+SMALL_CNN = {"channels": (8, 8, 16), "kernel_sizes": (3, 3, 3), "strides": (2, 1, 1)}
+SMALL = {"dsc_cnn": {"channels": (8, 16, 32)}}  # entries that take long as they are
+
+
+def make(name, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return models.create_model(name, **kwargs)
+
+
+def entry(name, seed=0, **kwargs):
+    return make(name, seed, **SMALL.get(name, {}), **kwargs)
+
+
+def images(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(model, size=2, seed=0):
+    return images(size, *model.pretrained_cfg["input_size"], seed=seed)
+
+
+def output_shape(model, x):
+    return (len(x), model.num_classes) if model.pretrained_cfg["classifier"] else tuple(x.shape)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_output_is_logits_or_an_image_and_every_parameter_learns(name):
+    model = entry(name).train()
+    x = batch(model)
+    out = model(x)
+    assert model.num_classes == model.pretrained_cfg["num_classes"]
+    assert tuple(out.shape) == output_shape(model, x)
+    (out * images(*out.shape, seed=1)).sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_image_size_unless_the_model_declares_its_own(name):
+    model = entry(name).eval()
+    channels, height, width = model.pretrained_cfg["input_size"]
+    other = images(2, channels, height - 4, width + 5)
+    if model.pretrained_cfg["fixed_input_size"]:
+        with pytest.raises(ValueError, match=rf"{height - 4}, {width + 5}.*{height}, {width}"):
+            model(other)
+    else:
+        assert tuple(model(other).shape) == output_shape(model, other)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_state_dict_carries_the_whole_model(name):
+    model, copy = entry(name), entry(name, seed=1)
+    x = batch(model)
+    model.train()(x)  # moves what is not a parameter: running statistics, power iterations
+    expected = model.eval()(x)
+    assert not torch.equal(copy.eval()(x), expected)
+    copy.load_state_dict(model.state_dict())
+    assert torch.equal(copy(x), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_images_of_a_batch_do_not_touch_each_other(name):
+    model = entry(name).double().eval()
+    x = batch(model, 3).double()
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_without_graph_breaks_equals_eager(name):
+    torch._dynamo.reset()
+    model = entry(name).eval()
+    x = batch(model)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_inductor_equals_eager():
+    torch._dynamo.reset()
+    model = make("gsae", img_size=4, num_atoms=32, steps=2).eval()
+    x = images(2, 1, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exported_program_takes_any_batch(name):
+    model = entry(name).eval()
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(model, (batch(model, 3),), dynamic_shapes=dynamic).module()
+    for size in (1, 5):
+        x = batch(model, size, seed=size)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_timm_builds_the_same_model(name):
+    ours = entry(name)
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, **SMALL.get(name, {}))
+    assert type(ours) is type(theirs)
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_head_for_another_number_of_classes(name):
+    model = entry(name)
+    if not model.pretrained_cfg["classifier"]:
+        with pytest.raises(ValueError, match="no classes"):
+            entry(name, num_classes=3)
+        return
+    x = batch(model)
+    assert model.get_submodule(model.pretrained_cfg["classifier"]) is model.get_classifier()
+    assert entry(name, num_classes=7)(x).shape == (2, 7)
+    features = model.eval().forward_head(model.forward_features(x), pre_logits=True)
+    assert features.shape == (2, model.num_features)
+    model.reset_classifier(3)
+    assert (model.num_classes, model.get_classifier().out_features) == (3, 3)
+    torch.testing.assert_close(model(x), model.get_classifier()(features))
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), features)
+
+
+@pytest.mark.parametrize("activation", list_activations())
+@pytest.mark.parametrize(
+    "name, kwargs", [("dsc_cnn", SMALL_CNN), ("dsc_vit_pico", {"dim": 16, "depth": 1}), ("sae", {"steps": 3})]
+)
+def test_every_activation_trains_in_every_family(name, kwargs, activation):
+    model = make(name, activation=activation, **kwargs)
+    x = batch(model)
+    for layer in sparse_layers(model).values():
+        assert activation.replace("_", "") in repr(layer.prox).lower()
+    out = model(x)
+    (out * images(*out.shape, seed=1)).sum().backward()
+    assert out.isfinite().all()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+# What the models are made of
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_cnn_of_one_step_is_the_plain_cnn(mode):
+    model = make("dsc_cnn", steps=1, channels=(4, 6, 8), paddings=(2, 0, 1)).double()
+    a, b, c = model.coder
+    for layer in model.coder:
+        nn.init.normal_(layer.bias, std=0.1)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 6, 2, 2), nn.ReLU(), nn.Conv2d(4, 6, 6, 2), nn.ReLU(),
+        nn.Conv2d(6, 8, 4, 1, 1), nn.ReLU(), nn.BatchNorm2d(8),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+    ).double()  # fmt: skip
+    shared = [a.dictionary.weight, a.bias, b.dictionary.weight, b.bias, c.dictionary.weight, c.bias]
+    shared += [*model.norm.parameters(), *model.get_classifier().parameters()]
+    assert len(shared) == len(list(model.parameters()))
+    with torch.no_grad():
+        for target, value in zip(plain.parameters(), shared, strict=True):
+            target.copy_(value)
+    x = images(3, 3, 32, 29, dtype=torch.float64)
+    ours, theirs = getattr(model, mode)()(x), getattr(plain, mode)()(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+    weights = images(*ours.shape, seed=1, dtype=torch.float64)
+    gradients = zip(
+        torch.autograd.grad((ours * weights).sum(), shared),
+        torch.autograd.grad((theirs * weights).sum(), list(plain.parameters())),
+        strict=True,
+    )
+    for mine, other in gradients:
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
+
+
+def test_transformer_block_of_one_step_is_the_standard_one():
+    model = make("dsc_vit_pico", steps=1, depth=2).double().eval()
+    tokens = images(2, 9, 64, dtype=torch.float64)
+    for ours in model.blocks:
+        nn.init.normal_(ours.coder.bias, std=0.1)
+        standard = Block(64, 4, qkv_bias=True, act_layer=nn.ReLU, norm_layer=nn.LayerNorm).double()
+        parts = [(standard.norm1, ours.norm1), (standard.attn, ours.attention), (standard.norm2, ours.norm2)]
+        for theirs, mine in [*parts, (standard.mlp.fc2, ours.decoder)]:
+            theirs.load_state_dict(mine.state_dict())
+        standard.mlp.fc1.load_state_dict({"weight": ours.coder.dictionary.weight, "bias": ours.coder.bias})
+        torch.testing.assert_close(ours(tokens), standard(tokens), rtol=1e-12, atol=1e-12)
+        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in standard.parameters())
+
+
+def test_transformer_block_adds_the_decoded_code():
+    block = make("dsc_vit_pico", steps=3, solver="fista").double().eval().blocks[0]
+    tokens = images(2, 9, 64, dtype=torch.float64)
+    middle = tokens + block.attention(block.norm1(tokens))
+    code = block.coder.solve(F.layer_norm(middle, (64,), block.norm2.weight, block.norm2.bias))
+    torch.testing.assert_close(block(tokens), middle + code @ block.decoder.weight.T + block.decoder.bias)
+
+
+def test_attention_block_is_the_prox_of_a_residual_attention():
+    block = make("dsc_attn_pico", activation="soft", threshold=0.2).double().eval().blocks[0]
+    attention = nn.MultiheadAttention(64, 4, batch_first=True).double()
+    parts = block.attention.qkv, block.attention.proj
+    attention.in_proj_weight, attention.in_proj_bias = parts[0].weight, parts[0].bias
+    attention.out_proj = parts[1]
+    x = images(2, 9, 64, dtype=torch.float64)
+    normed = F.layer_norm(x, (64,), block.norm.weight, block.norm.bias)
+    summed = x + attention(normed, normed, normed)[0]
+    torch.testing.assert_close(block(x), F.softshrink(summed, 0.2), rtol=1e-10, atol=1e-12)
+
+
+def test_tokens_are_pixels_of_the_stem_row_by_row():
+    stem = make("dsc_vit_pico").eval().stem
+    x = images(2, 3, 13, 22)
+    pixels = stem.conv2(F.gelu(stem.conv1(x)))
+    pixels = pixels + stem.position(pixels)
+    assert pixels.shape[-2:] == (4, 6)
+    tokens = torch.stack([pixels[:, :, i, j] for i in range(4) for j in range(6)], dim=1)
+    torch.testing.assert_close(stem(x), tokens)
+
+
+@pytest.mark.parametrize("shape", [{"group_size": 16}, {"groups": 4}])
+def test_shallow_group_autoencoder_is_the_formula_of_the_paper(shape):
+    model = make("gsae", img_size=(5, 4), in_chans=2, num_atoms=64, steps=1, step=1.0, threshold=4.0, **shape)
+    model = model.double().eval()
+    x = images(3, 2, 5, 4, dtype=torch.float64)
+    matrix = model.coder.dictionary.weight.detach().T  # A: a column an atom
+    correlations = x.flatten(1) @ matrix
+    groups = rows(correlations, 16)
+    norms = np.linalg.norm(groups, axis=-1, keepdims=True)
+    code = unrows(groups * np.maximum(1 - 4 / norms, 0), correlations)
+    assert 0 < (code != 0).double().mean() < 1
+    torch.testing.assert_close(model.encode(x), code)
+    torch.testing.assert_close(model(x), (code @ matrix.T).view_as(x))
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if hasattr(make(n), "encode")])
+def test_autoencoder_decodes_what_it_encodes(name):
+    model = make(name).eval()
+    x = batch(model)
+    z = model.encode(x)
+    assert z.shape == (2, model.num_features)
+    assert torch.equal(model.decode(z), model(x))
+
+
+def test_converged_autoencoder_solves_its_problem():
+    model = make("sae", img_size=6, num_atoms=50, steps=2000, threshold=0.05).double().eval()
+    x = images(2, 1, 6, 6, dtype=torch.float64)
+    gradient = (x.flatten(1) - model(x).flatten(1)) @ model.coder.dictionary.weight.T
+    code = model.encode(x).detach()
+    torch.testing.assert_close(gradient[code != 0], 0.05 * code[code != 0].sign(), rtol=1e-3, atol=0)
+    assert gradient.abs().max() <= 0.05 * 1.001
+
+
+@pytest.mark.parametrize("activation", ["relu", "group_relu"])
+def test_joint_and_greedy_agree_after_one_step(activation):
+    x = images(2, 3, 16, 16)
+    kwargs = {"activation": activation, **SMALL_CNN}
+    for steps in (1, 3):
+        joint, greedy = (make("dsc_cnn", steps=steps, joint=j, **kwargs).eval() for j in (True, False))
+        assert torch.equal(joint(x), greedy(x)) == (steps == 1)
+
+
+@pytest.mark.parametrize(
+    "activation, members, fraction", [("relu", 1, 0.1), ("group_relu", 8, 0.5), ("soft", 1, 0.3)]
+)
+def test_unrolled_layers_start_at_a_relative_threshold(activation, members, fraction):
+    threshold = 0.3 if activation == "soft" else None  # given, or the default of its kind
+    model = make("dsc_cnn", activation=activation, threshold=threshold, channels=(32, 64, 64)).eval()
+    layer = next(iter(model.coder))
+    entries = layer.dictionary.analyze(images(8, 3, 32, 32))
+    typical = entries.unflatten(1, (-1, members)).square().sum(2).mean().sqrt().item()
+    for value in layer.prox.threshold.detach():
+        assert value.item() == pytest.approx(fraction * typical, rel=0.1)
+    assert layer.prox.raw_threshold.shape == (32 // members,)
+    assert 0.8 < float(layer.dictionary.curvature()) < 1.1
+
+
+def test_feature_maps_are_the_codes():
+    model = make("dsc_cnn", **SMALL_CNN).eval()
+    torch.manual_seed(0)
+    features = timm.create_model("dsc_cnn", features_only=True, **SMALL_CNN).eval()
+    for key, found in (("num_chs", features.feature_info.channels()), ("reduction", [2, 2, 2])):
+        assert [info[key] for info in model.feature_info] == found
+    assert features.feature_info.reduction() == [2, 2, 2]
+    x = images(2, 3, 16, 16)
+    maps = features(x)
+    assert [m.shape[1] for m in maps] == [8, 8, 16]
+    for found, code in zip(maps, model.coder.codes(x), strict=True):
+        assert torch.equal(found, code)
+    torch.manual_seed(0)
+    deepest = models.create_model("dsc_cnn", features_only=True, out_indices=(2,), **SMALL_CNN).eval()
+    assert torch.equal(deepest(x)[0], maps[2])
+
+
+# timm's backbones
+
+
+def is_gate(name):
+    return bool({"se", "gate"} & set(name.split(".")))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_activation_of_a_backbone_is_swapped_but_its_gates(name):
+    plain = timm.create_model(name, num_classes=4, **BACKBONES[name])
+    kinds = (nn.ReLU, nn.GELU, GELU, nn.Hardswish)
+    activations = {n for n, m in plain.named_modules() if isinstance(m, kinds)}
+    model = make(name, activation="soft", num_classes=4, **BACKBONES[name])
+    assert set(model.swapped_activations) == {n for n in activations if not is_gate(n)}
+    assert len(model.swapped_activations) == len(set(model.swapped_activations))
+    for n, module in model.named_modules():
+        if n in activations:
+            assert isinstance(module, kinds) if is_gate(n) else isinstance(module, Prox), n
+    known = {"resnet18": 1 + 8 * 2, "convnext_atto": 2 + 2 + 6 + 2, "vit_tiny_patch16_224": 12}
+    assert len(model.swapped_activations) == known.get(name, len(model.swapped_activations))
+    assert any(is_gate(n) for n in activations) == name.startswith("mobilenet")
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_swapped_activation_knows_where_the_channels_lie(name):
+    model = make(name, activation="group_relu", group_size=4, num_classes=4, **BACKBONES[name]).eval()
+    latest, seen = [], []
+
+    def check(module, args, z):
+        layer = latest[-1]
+        if isinstance(layer, nn.Linear):
+            channels, last = layer.out_features, True
+        else:
+            channels, last = getattr(layer, "out_channels", None) or layer.num_features, False
+        assert z.shape[module.dim] == channels
+        assert module.dim % z.ndim == (z.ndim - 1 if last else 1)
+        groups = rows(args[0], 4, module.dim)
+        norms = np.linalg.norm(groups, axis=-1, keepdims=True).clip(1e-300)
+        shrunk = unrows(groups * np.maximum(1 - 0.1 / norms, 0), z, module.dim)
+        torch.testing.assert_close(z.double(), shrunk, rtol=1e-3, atol=1e-5)
+        seen.append(module)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda module, args: latest.append(module))
+        if isinstance(module, Prox):
+            module.register_forward_hook(check)
+    assert model(images(1, 3, 32, 32)).shape == (1, 4)
+    assert len(seen) == len(model.swapped_activations) == len(set(seen))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"features_only": True}])
+def test_relu_for_relu_changes_nothing(kwargs):
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet18", **kwargs).eval()
+    swapped = make("resnet18", activation="relu", **kwargs).eval()
+    x = images(1, 3, 64, 64)
+    found, expected = swapped(x), plain(x)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_backbone_without_an_activation_is_timms_own():
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet18", num_classes=4)
+    ours = make("resnet18", num_classes=4)
+    assert not sparse_layers(ours)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
+
+
+def test_activation_that_appears_twice_is_swapped_twice():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act)
+    names = models.swap_activations(model, models._build.Act("soft", threshold=0.1))
+    assert names == ["1", "3"]
+    assert not any(isinstance(m, nn.ReLU) for m in model.modules())
+
+
+# Errors
+
+
+def test_nothing_to_swap_is_an_error():
+    with pytest.raises(ValueError, match="Sequential has no activation.*'soft'"):
+        models.swap_activations(nn.Sequential(nn.Linear(2, 2), nn.Sigmoid()), models._build.Act("soft"))
+
+
+@pytest.mark.parametrize(
+    "name, nearest", [("dsc_vit_pic", "dsc_vit_pico"), ("gsea", "gsae"), ("resnet_18", "resnet18")]
+)
+def test_unknown_model_names_the_nearest(name, nearest):
+    with pytest.raises(ValueError, match=f"unknown model '{name}'; did you mean '{nearest}'"):
+        models.create_model(name)
+
+
+@pytest.mark.parametrize(
+    "name, kwargs, message",
+    [
+        ("resnet18", {"threshold": 0.1}, "threshold given without an activation"),
+        ("resnet18", {"group_size": 4, "groups": 2}, "group_size, groups given without an activation"),
+        ("resnet18", {"activation": "rellu"}, "unknown activation 'rellu'; did you mean 'relu'"),
+        ("dsc_cnn", {"activation": "sfot"}, "unknown activation 'sfot'; did you mean 'soft'"),
+        ("dsc_cnn", {"activation": "gelu", "threshold": 0.1}, "'gelu' takes no threshold"),
+        ("dsc_cnn", {"activation": "relu", "group_size": 4}, "takes no group_size"),
+        ("dsc_cnn", {"activation": "group_relu", "group_size": 4, "groups": 4}, "not both"),
+        ("dsc_cnn", {"steps": 0}, "steps .* at least 1, got 0"),
+        ("dsc_vit_pico", {"steps": 0}, "steps .* at least 1, got 0"),
+        ("gsae", {"steps": 0}, "steps .* at least 1, got 0"),
+        ("gsae", {"group_size": 0}, "group_size must be at least 1, got 0"),
+        ("dsc_cnn", {"solver": "fsta"}, "unknown solver 'fsta'; did you mean 'fista'"),
+        ("dsc_cnn", {"channels": (4, 8)}, "one entry a layer"),
+        ("dsc_vit_pico", {"global_pool": "max"}, "global_pool must be 'avg'.*'max'"),
+        ("sae", {"num_classes": 10}, "no classes, got num_classes=10"),
+    ],
+)
+def test_contradictory_arguments_say_so(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        models.create_model(name, **kwargs)
+
+
+@pytest.mark.parametrize("shape", [{"groups": 5}, {"group_size": 5}])
+@pytest.mark.parametrize("name", ["dsc_cnn", "dsc_vit_pico", "dsc_attn_pico", "gsae", "resnet18"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_groups_that_do_not_divide_name_those_that_do(name, steps, shape):
+    kwargs = {} if name == "resnet18" else {"steps": steps}
+    kwargs |= {"num_atoms": 64} if name == "gsae" else {}
+    with pytest.raises(ValueError, match="5 does not divide the (16|32|64|256) channels.*nearest .*: 4 or 8"):
+        model = make(name, activation="group_relu", **shape, **kwargs)
+        model(batch(model))
+
+
+def test_images_that_are_too_small_name_the_least_size():
+    with pytest.raises(ValueError, match="image of 4×4 pixels is too small.*at least 6"):
+        make("dsc_cnn")(images(1, 3, 4, 4))
+
+
+def test_pretrained_without_a_published_checkpoint(monkeypatch):
+    monkeypatch.setattr(hub, "checkpoint_folders", dict)
+    with pytest.raises(ValueError, match="dsc_cnn has no published checkpoint yet"):
+        models.create_model("dsc_cnn", pretrained=True)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_unknown_tag_is_an_error(pretrained):
+    with pytest.raises((ValueError, RuntimeError), match=re.compile("unknown checkpoint|tag", re.I)):
+        models.create_model("dsc_cnn.no_such_tag", pretrained=pretrained)
+
+
+def test_plain_layers_have_a_bias_and_unrolled_ones_learn_their_threshold():
+    for name in ("dsc_cnn", "dsc_vit_pico"):
+        for steps in (1, 2):
+            coders = [m for m in make(name, steps=steps).modules() if isinstance(m, SparseCoding)]
+            assert all((c.bias is not None) == (steps == 1) and c.prox.learn == (steps > 1) for c in coders)
