@@ -81,7 +81,7 @@ class CLI(LightningCLI):
         if self.config.trainer.fast_dev_run:
             return super().instantiate_trainer(**kwargs)
         self.run_dir, self.ckpt_path = self._folder()
-        where = dict(save_dir=str(self.run_dir.parent), name="", version=self.run_dir.name)
+        where: dict[str, Any] = dict(save_dir=str(self.run_dir.parent), name="", version=self.run_dir.name)
         loggers = [CSVLogger(**where, flush_logs_every_n_steps=1), TensorBoardLogger(**where)]
         callbacks = [*(self.config_init.trainer.callbacks or []), self._checkpoints()]
         return super().instantiate_trainer(**kwargs, logger=loggers, callbacks=callbacks)
@@ -141,7 +141,9 @@ def _fit_and_report(cli: CLI) -> dict[str, Any] | None:
         trainer.test(task, cli.datamodule, verbose=False)
         return None
     trainer.fit(task, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
-    best = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True, map_location="cpu")
+    checkpoints = trainer.checkpoint_callback
+    assert isinstance(checkpoints, ModelCheckpoint)
+    best = torch.load(checkpoints.best_model_path, weights_only=True, map_location="cpu")
     task.load_state_dict(best["state_dict"])
     config = yaml.safe_load((cli.run_dir / "config.yaml").read_text())
     summary = report.finish(cli.run_dir, task, cli.datamodule, config)

@@ -57,9 +57,7 @@ DATASETS = {
     "mnist": DatasetInfo(1, 28, (0.1307,), (0.3081,), _DIGIT_NAMES),
     "fashion_mnist": DatasetInfo(1, 28, (0.2860,), (0.3530,), tuple(FashionMNIST.classes)),
     "cifar10": DatasetInfo(3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), _CIFAR10_NAMES),
-    "cifar100": DatasetInfo(
-        3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), tuple(_CIFAR100_NAMES.split())
-    ),
+    "cifar100": DatasetInfo(3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), tuple(_CIFAR100_NAMES.split())),
 }
 _SOURCES = {"mnist": MNIST, "fashion_mnist": FashionMNIST, "cifar10": CIFAR10, "cifar100": CIFAR100}
 

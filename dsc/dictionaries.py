@@ -164,9 +164,7 @@ class ConvDictionary(Dictionary):
     Any image size at least the kernel's; `stride` and zero `padding` are `nn.Conv2d`'s.
     """
 
-    def __init__(
-        self, in_channels: int, num_atoms: int, kernel_size: int, stride: int = 1, padding: int = 0
-    ) -> None:
+    def __init__(self, in_channels: int, num_atoms: int, kernel_size: int, stride: int = 1, padding: int = 0) -> None:
         _positive(in_channels=in_channels, num_atoms=num_atoms, kernel_size=kernel_size, stride=stride)
         if not 0 <= padding < kernel_size:
             raise ValueError(f"padding must be in [0, kernel_size={kernel_size}), got {padding}")
@@ -179,7 +177,9 @@ class ConvDictionary(Dictionary):
         rows, columns = (s - r for s, r in zip(size or reached, reached, strict=True))
         # A strided convolution drops up to stride − 1 pixels at the far edge: its adjoint puts zeros there.
         if not (0 <= rows < self.stride and 0 <= columns < self.stride):
-            raise ValueError(f"a code of size {tuple(z.shape[-2:])} does not come from signals of size {tuple(size or ())}")
+            raise ValueError(
+                f"a code of size {tuple(z.shape[-2:])} does not come from signals of size {tuple(size or ())}"
+            )
         if self.by_phases:
             x = F.pixel_shuffle(F.conv_transpose2d(z, self.polyphase()), self.stride)
             height, width = reached[0] + rows, reached[1] + columns

@@ -43,7 +43,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     config = json.loads(path.read_text())
     if "dsc" not in config or "architecture" not in config:
         raise ValueError(f"{path} lacks 'architecture' or 'dsc': it was not written by dsc")
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -127,5 +127,5 @@ def card(config: dict[str, Any]) -> str:
         f"# {name}\n\nSeed {facts['seed']}; the training configuration is in `{CONFIG}` under `dsc.training`. "
         "`dsc evaluate path/to/this/folder` measures these figures anew.\n\n"
         f"| test figure | value |\n| --- | --- |\n{rows}\n\n"
-        "```python\nimport dsc\n\nmodel = dsc.load(\"path/to/this/folder\").eval()\n```\n"
+        '```python\nimport dsc\n\nmodel = dsc.load("path/to/this/folder").eval()\n```\n'
     )

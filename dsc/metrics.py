@@ -152,7 +152,11 @@ def curve_figures(curves: Curves, depths: Iterable[int]) -> list[dict[str, Any]]
 
 
 def convergence_errors(
-    coder: SparseCoding, x: Tensor, steps: int = RATE_STEPS, solver: type[ISTA] | None = None, reference: Tensor | None = None
+    coder: SparseCoding,
+    x: Tensor,
+    steps: int = RATE_STEPS,
+    solver: type[ISTA] | None = None,
+    reference: Tensor | None = None,
 ) -> Tensor:
     """``‖z_k − z_ref‖/‖z_ref‖`` for k = 1…`steps` of the layer's own iteration with input `x`, shape (steps,).
 

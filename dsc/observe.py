@@ -100,9 +100,7 @@ def coder_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         if isinstance(module, DeepSparseCoding):
             layers = list(module)
             handles.append(module.register_forward_pre_hook(keep_input_for(layers[0])))
-            handles += [
-                below.code.register_forward_hook(keep_output_for(above)) for below, above in pairwise(layers)
-            ]
+            handles += [below.code.register_forward_hook(keep_output_for(above)) for below, above in pairwise(layers)]
     try:
         model(x)
     finally:

@@ -304,19 +304,25 @@ def create_activation(activation: Activation, dim: int = 1, **kwargs: Any) -> Pr
     given = {key: value for key, value in kwargs.items() if value is not None}
     if isinstance(activation, Prox):
         if given:
-            raise ValueError(f"{', '.join(sorted(given))} given beside an activation that is made already: {activation}")
+            raise ValueError(
+                f"{', '.join(sorted(given))} given beside an activation that is made already: {activation}"
+            )
         return activation
     if isinstance(activation, str) and activation not in PROX | TORCH:
         raise ValueError(unknown("activation", activation, list_activations()))
-    kind = (PROX | TORCH).get(activation, activation) if isinstance(activation, str) else activation
-    is_prox = inspect.isclass(kind) and issubclass(kind, Prox)
-    takes = set(inspect.signature(kind).parameters) if is_prox else set()
+    kind = (PROX | TORCH)[activation] if isinstance(activation, str) else activation
+    if isinstance(kind, type) and issubclass(kind, Prox):
+        _check_arguments(activation, given, kind)
+        return kind(dim=dim, **given)
+    _check_arguments(activation, given, None)
+    return Elementwise(kind() if isinstance(kind, type) else kind, dim)
+
+
+def _check_arguments(activation: Activation, given: dict[str, Any], kind: type[Prox] | None) -> None:
+    takes = set(inspect.signature(kind).parameters) if kind else set()
     for key in sorted(given.keys() - takes):
         who = [name for name, prox in PROX.items() if key in inspect.signature(prox).parameters]
         raise ValueError(f"activation {activation!r} takes no {key} (taken by: {', '.join(who) or 'none'})")
-    if is_prox:
-        return kind(dim=dim, **given)  # type: ignore[operator]
-    return Elementwise(kind() if inspect.isclass(kind) else kind, dim)  # type: ignore[arg-type]
 
 
 def activation_factory(activation: Activation, **kwargs: Any) -> Callable[..., Prox]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -76,7 +75,7 @@ def probe_curves(task: Task, data: Any) -> Curves:
 
 def save_best(run: Path, task: Task, data: Any, summary: dict[str, Any], config: Mapping[str, Any]) -> Path:
     """Write the model as a checkpoint folder `best`, beside an earlier one of the same run if there is any."""
-    own = task.model.pretrained_cfg
+    own: dict[str, Any] = task.model.pretrained_cfg  # type: ignore[assignment]
     cfg = {
         "input_size": [data.in_chans, data.image_size, data.image_size],
         "fixed_input_size": bool(own.get("fixed_input_size", False)),
@@ -113,9 +112,7 @@ def text(summary: Mapping[str, Any]) -> str:
     test = summary["test"]
     head = [f"{name}: {test[name]:.4f}" for name in ("accuracy", "mse", "loss") if name in test]
     layers = sorted({key.split("/", 2)[2] for key in test if key.startswith("sparsity/")} - {"total"})
-    sparsity = [
-        [layer, *(_number(test.get(f"sparsity/{column}/{layer}")) for column in COLUMNS)] for layer in layers
-    ]
+    sparsity = [[layer, *(_number(test.get(f"sparsity/{column}/{layer}")) for column in COLUMNS)] for layer in layers]
     convergence = [
         [row["layer"], row["solver"], *(_number(row["errors"][str(k)]) for k in DEPTHS), _number(row.get("rate"))]
         for row in summary["convergence"]

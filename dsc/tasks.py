@@ -1,7 +1,7 @@
 """What is trained: `Classifier` (images to classes) and `Reconstructor` (images to themselves)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -34,10 +34,17 @@ class OneCycle(OneCycleLR):
         anneal: "cos" or "linear".
     """
 
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.2, anneal: str = "linear") -> None:
+    def __init__(
+        self, optimizer: Optimizer, total_steps: int, warmup: float = 0.2, anneal: Literal["cos", "linear"] = "linear"
+    ) -> None:
         peaks = [group["lr"] for group in optimizer.param_groups]
         super().__init__(
-            optimizer, peaks, total_steps, pct_start=warmup, anneal_strategy=anneal, cycle_momentum=False  # type: ignore[arg-type]
+            optimizer,
+            peaks,
+            total_steps,
+            pct_start=warmup,
+            anneal_strategy=anneal,
+            cycle_momentum=False,
         )
 
 
@@ -83,7 +90,7 @@ class Task(LightningModule):
         self.model = create_model(model, **self.model_args)
         self.regularizers, self.make_optimizer, self.make_schedule = list(regularizers), optimizer, lr_scheduler
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.model.to(memory_format=self.memory_format)
         self.observer = Observer(self.model)
         self.sparsity = nn.ModuleDict({stage: SparsityMetrics(self.observer.layers) for stage in ("val", "test")})
         self.quality: nn.ModuleDict = nn.ModuleDict()
@@ -100,7 +107,7 @@ class Task(LightningModule):
         raise TypeError(f"{type(self).__name__} defines no loss")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.contiguous(memory_format=self.memory_format))  # type: ignore[no-any-return]
+        return self.model(x.contiguous(memory_format=self.memory_format))
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         loss = self.loss(batch, stage)
@@ -251,4 +258,4 @@ class Reconstructor(Task):
 
 
 def _metrics(make: Callable[[], dict[str, Metric]]) -> nn.ModuleDict:
-    return nn.ModuleDict({stage: nn.ModuleDict(make()) for stage in ("val", "test")})  # type: ignore[arg-type]
+    return nn.ModuleDict({stage: nn.ModuleDict(make()) for stage in ("val", "test")})

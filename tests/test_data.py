@@ -58,9 +58,7 @@ def part(data: ImageData, name: str) -> tuple[Tensor, Tensor]:
 
 def distinct(n: int, channels: int = 1, side: int = 6) -> Tensor:
     """Images (n, C, side, side) in which no pixel of an image is zero and no two are equal."""
-    return torch.stack([torch.randperm(channels * side * side) + 1 for _ in range(n)]).view(
-        n, channels, side, side
-    )
+    return torch.stack([torch.randperm(channels * side * side) + 1 for _ in range(n)]).view(n, channels, side, side)
 
 
 class Recorder(LightningModule):
@@ -105,8 +103,7 @@ def test_digits_are_the_original_images_and_labels() -> None:
     assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8 and labels.dtype == torch.int64
     assert images.min() == 0 and images.max() == 255
     original = {
-        (np.round(i * 255 / 16).astype(np.uint8).tobytes(), int(t))
-        for i, t in zip(raw.images, raw.target, strict=True)
+        (np.round(i * 255 / 16).astype(np.uint8).tobytes(), int(t)) for i, t in zip(raw.images, raw.target, strict=True)
     }
     assert {(i.numpy().tobytes(), int(t)) for i, t in zip(images, labels, strict=True)} == original
     assert raw.target[:10].tolist() == list(range(10))
@@ -175,9 +172,7 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
         return torch.cat(list(batches)).tolist()
 
     orders = {(seed, epoch): order(seed, epoch) for seed in range(4) for epoch in range(4)}
-    assert (
-        len({tuple(o) for o in orders.values()}) == 16
-    )  # no (seed, epoch) repeats another, (0, 1) and (1, 0) neither
+    assert len({tuple(o) for o in orders.values()}) == 16  # no (seed, epoch) repeats another, (0, 1) and (1, 0) neither
     assert all(sorted(o) == list(range(50)) for o in orders.values())
     assert all(order(*key) == o for key, o in orders.items())
 
@@ -285,9 +280,7 @@ def test_random_crop_gives_every_shift_of_the_padded_image(dtype: torch.dtype) -
     for image, result in zip(x, cropped, strict=True):
         padded = torch.zeros(2, 10, 10, dtype=dtype)
         padded[:, 2:8, 2:8] = image
-        shifts = [
-            (i, j) for i in range(5) for j in range(5) if torch.equal(padded[:, i : i + 6, j : j + 6], result)
-        ]
+        shifts = [(i, j) for i in range(5) for j in range(5) if torch.equal(padded[:, i : i + 6, j : j + 6], result)]
         assert len(shifts) == 1
         counts[shifts[0]] += 1
     assert ((counts - 80) ** 2 / 80).sum() < 60  # chi-square of 24 degrees: above 60 once in 15 000
@@ -403,9 +396,7 @@ def test_root_is_the_argument_then_the_environment_then_data(monkeypatch: pytest
         ("cifar100", "cifar-100-python/meta"),
     ],
 )
-def test_no_data_and_no_network(
-    name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_data_and_no_network(name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*_: Any, **__: Any) -> None:
         raise URLError("no route to host")
 
@@ -448,9 +439,7 @@ def write_cifar(root: Path) -> None:
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
         pixels = generator.integers(256, size=(20, 3072), dtype=np.uint8)
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [i % 10 for i in range(20)]}))
-    (folder / "batches.meta").write_bytes(
-        pickle.dumps({"label_names": list(DATASETS["cifar10"].class_names)})
-    )
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(DATASETS["cifar10"].class_names)}))
 
 
 def test_altered_mnist_file(tmp_path: Path) -> None:
@@ -494,9 +483,7 @@ def test_cifar_files_are_read_as_they_are(tmp_path: Path, monkeypatch: pytest.Mo
     files = {f: calculate_md5(tmp_path / f) for f in module._FILES["cifar10"]}
     md5 = {Path(f).name: value for f, value in files.items()}
     monkeypatch.setitem(module._FILES, "cifar10", files)
-    monkeypatch.setattr(
-        tv.CIFAR10, "train_list", [(f"data_batch_{i}", md5[f"data_batch_{i}"]) for i in range(1, 6)]
-    )
+    monkeypatch.setattr(tv.CIFAR10, "train_list", [(f"data_batch_{i}", md5[f"data_batch_{i}"]) for i in range(1, 6)])
     monkeypatch.setattr(tv.CIFAR10, "test_list", [("test_batch", md5["test_batch"])])
     monkeypatch.setattr(tv.CIFAR10, "meta", {**tv.CIFAR10.meta, "md5": md5["batches.meta"]})
     data = ready(dataset="cifar10", root=str(tmp_path))
@@ -517,9 +504,7 @@ def test_cifar_files_are_read_as_they_are(tmp_path: Path, monkeypatch: pytest.Mo
     ("name", "classes", "first_test_labels"),
     [
         pytest.param("mnist", tv.MNIST, [7, 2, 1, 0, 4, 1, 4, 9], marks=needs("MNIST/raw")),
-        pytest.param(
-            "fashion_mnist", tv.FashionMNIST, [9, 2, 1, 1, 6, 1, 4, 6], marks=needs("FashionMNIST/raw")
-        ),
+        pytest.param("fashion_mnist", tv.FashionMNIST, [9, 2, 1, 1, 6, 1, 4, 6], marks=needs("FashionMNIST/raw")),
         pytest.param("cifar10", tv.CIFAR10, [3, 8, 8, 0, 6, 6, 1, 6], marks=needs("cifar-10-batches-py")),
     ],
 )
@@ -530,9 +515,7 @@ def test_real_data(name: str, classes: Any, first_test_labels: list[int]) -> Non
     expected = classes(REAL, train=False)[3][0]
     assert np.array_equal(np.atleast_3d(np.asarray(expected)), images[3].permute(1, 2, 0).numpy())
     train, val = part(data, "train")[0], part(data, "val")[0]
-    assert (
-        len(train) + len(val) == len(classes(REAL, train=True)) and len(val) == (len(train) + len(val)) // 10
-    )
+    assert len(train) + len(val) == len(classes(REAL, train=True)) and len(val) == (len(train) + len(val)) // 10
     for c in range(data.in_chans):
         pixels = torch.cat([train[:, c], val[:, c]]).double() / 255
         assert abs(pixels.mean() - data.mean[c]) < 1e-4 and abs(pixels.std() - data.std[c]) < 1e-4

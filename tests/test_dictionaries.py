@@ -138,9 +138,7 @@ def test_dense_training_curvature_has_the_gradient_of_the_largest_eigenvalue(arg
     weight = d.weight.detach().requires_grad_()
     largest = torch.linalg.eigvalsh(weight @ weight.mT)[-1]
     (expected,) = torch.autograd.grad(largest, weight)
-    torch.testing.assert_close(
-        gradient / curvature.detach(), expected / largest.detach(), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(gradient / curvature.detach(), expected / largest.detach(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("arguments", [(8, 16), (1, 3, 3)])

@@ -1,7 +1,10 @@
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,8 +13,9 @@ import torch
 from dsc import hub, models
 
 CNN = {"channels": [8, 8, 16], "kernel_sizes": [3, 3, 3], "strides": [2, 1, 1], "num_classes": 4}
-ENTRIES = {
+ENTRIES = {  # small shapes; another entry is tried as it is
     "dsc_cnn": CNN | {"activation": "group_relu", "group_size": 4},
+    "dsc_cnn_pico": {"channels": [8, 8, 16], "num_classes": 4, "solver": "fista"},
     "dsc_vit_pico": {"dim": 16, "depth": 2, "num_classes": 4},
     "dsc_attn_pico": {"dim": 16, "depth": 2, "num_classes": 4, "activation": "soft", "threshold": 0.2},
     "gsae": {"img_size": 8, "num_atoms": 32, "group_size": 8},
@@ -66,24 +70,17 @@ def folder(model, tmp_path):
     return save(model, tmp_path / "best")
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", models.list_models())
 def test_round_trip_by_us_and_by_timm(name, tmp_path):
-    args = ENTRIES[name]
+    args = ENTRIES.get(name, {})
     model = trained(name, args)
     folder = save(model, tmp_path / "best", name, args)
     x = inputs(model, args)
     for loaded in (models.load(folder), timm.create_model(f"local-dir:{folder}", pretrained=True)):
-        assert type(loaded) is type(model)
-        loaded.load_state_dict(model.state_dict())  # the same keys and shapes …
+        assert type(loaded) is type(model) and loaded.state_dict().keys() == model.state_dict().keys()
         assert torch.equal(loaded.eval()(x), model(x))
-    for loaded in (models.load(folder), timm.create_model(f"local-dir:{folder}", pretrained=True)):
-        assert torch.equal(loaded.eval()(x), model(x))  # … and the same values
         assert tuple(loaded.pretrained_cfg["mean"]) == (0.25,) * x.shape[1]
         assert tuple(loaded.pretrained_cfg["input_size"]) == tuple(x.shape[1:])
-
-
-def test_every_model_of_the_zoo_is_tried():
-    assert set(ENTRIES) == set(models.list_models())
 
 
 def test_folder_says_what_it_holds(folder, model):
@@ -147,11 +144,15 @@ def test_other_architecture_says_what_differs(folder):
     with pytest.raises(ValueError, match=f"another architecture .dsc_cnn.: .*{differs}"):
         hub.load_weights(wider, folder)
     assert all(torch.equal(value, before[key]) for key, value in wider.state_dict().items())
-    with pytest.raises(ValueError, match="missing .*unexpected .*…"):
+    with pytest.raises(ValueError, match="missing blocks.*; …"):
         hub.load_weights(models.create_model("dsc_vit_pico"), folder)
 
 
-@pytest.mark.parametrize("load", [models.load, lambda f, **kw: timm.create_model(f"local-dir:{f}", True, **kw)])
+def load_by_timm(folder, **kwargs):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
+
+
+@pytest.mark.parametrize("load", [models.load, load_by_timm])
 def test_another_number_of_classes_replaces_the_head_alone(folder, model, load):
     torch.manual_seed(5)
     loaded = load(folder, num_classes=7)
@@ -159,14 +160,15 @@ def test_another_number_of_classes_replaces_the_head_alone(folder, model, load):
     for key, value in model.state_dict().items():
         if not key.startswith("head."):
             assert torch.equal(loaded.state_dict()[key], value), key
-    torch.manual_seed(6)
-    assert not torch.equal(load(folder, num_classes=7).get_classifier().weight, loaded.get_classifier().weight)
+    other = load(folder, num_classes=7)
+    assert not torch.equal(other.get_classifier().weight, loaded.get_classifier().weight)  # it is a fresh one
     x = inputs(model, {})
     assert torch.equal(loaded.eval().forward_features(x), model.forward_features(x))
 
 
 def test_number_of_classes_that_is_the_same_keeps_the_head(folder, model):
-    assert torch.equal(models.load(folder, num_classes=4).get_classifier().weight, model.get_classifier().weight)
+    head = models.load(folder, num_classes=4).get_classifier()
+    assert torch.equal(head.weight, model.get_classifier().weight)
 
 
 @pytest.mark.parametrize("key, value", [("activation", "soft"), ("group_size", 2), ("channels", [4, 4, 4])])
@@ -186,7 +188,9 @@ def test_features_of_a_checkpoint_are_its_codes(folder, model, kwargs):
         assert torch.equal(found, code)
 
 
-@pytest.mark.parametrize("name, kwargs", [("resnet18", {}), ("convnext_atto", {}), ("vit_tiny_patch16_224", {"img_size": 32})])
+@pytest.mark.parametrize(
+    "name, kwargs", [("resnet18", {}), ("convnext_atto", {}), ("vit_tiny_patch16_224", {"img_size": 32})]
+)
 def test_backbone_round_trip_also_as_features(name, kwargs, tmp_path):
     args = {"activation": "soft", "threshold": 0.05, "num_classes": 3, **kwargs}
     torch.manual_seed(0)
@@ -235,7 +239,7 @@ def test_published_checkpoints_are_found_by_name(published, model):
     for name in ("dsc_cnn.digits", "dsc_cnn"):
         assert torch.equal(models.create_model(name, pretrained=True).eval()(x), model(x))
     assert models.create_model("dsc_cnn", pretrained=True, num_classes=6).num_classes == 6
-    with pytest.raises(ValueError, match="dsc_cnn.digits was trained with activation='group_relu', not 'relu'"):
+    with pytest.raises(ValueError, match="dsc_cnn.digits was trained with activation='group_relu', not 'r"):
         models.create_model("dsc_cnn.digits", pretrained=True, activation="relu")
 
 
@@ -247,16 +251,17 @@ def test_unknown_checkpoint_names_the_nearest(published):
         models.create_model("dsc_cnn.digit", pretrained=True)
 
 
-def test_timm_knows_published_checkpoints(published, model, tmp_path):
-    torch.save(model(inputs(model, {})), tmp_path / "expected.pt")
-    script = f"""
+def test_timm_knows_published_checkpoints(published, model):
+    package = Path(models.__file__).parents[1]
+    ignored = shutil.ignore_patterns("__pycache__", "checkpoints")
+    shutil.copytree(package, published / "dsc", dirs_exist_ok=True, ignore=ignored)
+    torch.save(model(inputs(model, {})), published / "expected.pt")
+    script = """
 import sys, timm, torch
-from dsc import hub
-hub.__file__ = {hub.__file__!r}
 from dsc import models
 x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-expected = torch.load({str(tmp_path / "expected.pt")!r})
-assert "dsc_cnn.digits" in timm.list_pretrained("dsc_*"), timm.list_pretrained("dsc_*")
+expected = torch.load("expected.pt")
+assert timm.list_pretrained(["dsc_*", "gsae*"]) == ["dsc_cnn.digits", "gsae.mnist"]
 for make in (timm.create_model, models.create_model):
     for name in ("dsc_cnn.digits", "dsc_cnn"):
         model = make(name, pretrained=True).eval()
@@ -271,5 +276,8 @@ for make in (timm.create_model, models.create_model):
     else:
         sys.exit("a conflicting activation was accepted")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(published)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=published, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]

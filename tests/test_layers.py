@@ -154,9 +154,7 @@ def test_gradients_of_a_chain_match_finite_differences(joint):
 def test_decode_is_synthesis_at_the_size_of_the_signal():
     layer = conv(2, 4, 3, 2, 0).double()
     z = signals(2, 4, 3, 3)
-    torch.testing.assert_close(
-        layer.decode(z, (8, 7)).flatten(1), z.flatten(1) @ unfold(layer.dictionary, (8, 7)).T
-    )
+    torch.testing.assert_close(layer.decode(z, (8, 7)).flatten(1), z.flatten(1) @ unfold(layer.dictionary, (8, 7)).T)
 
 
 def test_greedy_mode_composes_the_layers():

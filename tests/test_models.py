@@ -286,9 +286,7 @@ def test_joint_and_greedy_agree_after_one_step(activation):
         assert torch.equal(joint(x), greedy(x)) == (steps == 1)
 
 
-@pytest.mark.parametrize(
-    "activation, members, fraction", [("relu", 1, 0.1), ("group_relu", 8, 0.5), ("soft", 1, 0.3)]
-)
+@pytest.mark.parametrize("activation, members, fraction", [("relu", 1, 0.1), ("group_relu", 8, 0.5), ("soft", 1, 0.3)])
 def test_unrolled_layers_start_at_a_relative_threshold(activation, members, fraction):
     threshold = 0.3 if activation == "soft" else None  # given, or the default of its kind
     model = make("dsc_cnn", activation=activation, threshold=threshold, channels=(32, 64, 64)).eval()
@@ -313,8 +311,7 @@ def test_feature_maps_are_the_codes():
     assert [m.shape[1] for m in maps] == [8, 8, 16]
     for found, code in zip(maps, model.coder.codes(x), strict=True):
         assert torch.equal(found, code)
-    torch.manual_seed(0)
-    deepest = models.create_model("dsc_cnn", features_only=True, out_indices=(2,), **SMALL_CNN).eval()
+    deepest = make("dsc_cnn", features_only=True, out_indices=(2,), **SMALL_CNN).eval()  # the second such model
     assert torch.equal(deepest(x)[0], maps[2])
 
 

@@ -50,7 +50,7 @@ def create_model(
     given = {k: v for k, v in (given | dict(learn_threshold=learn_threshold)).items() if v is not None}
     if architecture in list_models():
         if not pretrained:
-            return timm.create_model(architecture, pretrained_cfg=tag or None, **given, **kwargs)  # type: ignore[no-any-return]
+            return timm.create_model(architecture, pretrained_cfg=tag or None, **given, **kwargs)
         folder = hub.find(name if tag else _default_checkpoint(architecture))
         return _load(folder, given | kwargs)
     if not is_model(architecture):
@@ -58,7 +58,7 @@ def create_model(
     if activation is None:
         if given:
             raise ValueError(f"{', '.join(given)} given without an activation to swap into {name}")
-        return timm.create_model(name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
     act = Act(activation, group_size, groups, threshold, learn_threshold)
     return create_backbone(name, act, pretrained, **kwargs)
 
@@ -86,7 +86,7 @@ def _load(folder: Path, kwargs: dict[str, Any]) -> nn.Module:
     new_head = args.get("num_classes", config["num_classes"]) != config["num_classes"]
     classifier = config["pretrained_cfg"].get("classifier")
     hub.load_weights(model, folder, skip=(f"{classifier}.",) if new_head and classifier else ())
-    model.pretrained_cfg = {**model.pretrained_cfg, **config["pretrained_cfg"]}  # type: ignore[dict-item]
+    model.pretrained_cfg = {**model.pretrained_cfg, **config["pretrained_cfg"]}  # type: ignore[assignment,dict-item]
     if features_only:
         wrapped = create_model(config["architecture"], **saved, **kwargs)
         wrapped.load_state_dict(model.state_dict(), strict=False)

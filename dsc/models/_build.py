@@ -80,7 +80,7 @@ def default_cfgs(**architectures: dict[str, Any]) -> dict[str, Any]:
     for name, folder in hub.checkpoint_folders().items():
         if name.split(".")[0] in architectures:
             cfgs[name] = hub.read_config(folder)["pretrained_cfg"] | {"file": str(folder / hub.WEIGHTS)}
-    return generate_default_cfgs(cfgs)  # type: ignore[no-any-return]
+    return generate_default_cfgs(cfgs)
 
 
 def build(model: type[M], architecture: str, pretrained: bool, kwargs: dict[str, Any], **build_args: Any) -> M:
@@ -96,7 +96,7 @@ def build(model: type[M], architecture: str, pretrained: bool, kwargs: dict[str,
         config = hub.read_config(hub.find(name))
         _check(name, config["model_args"], kwargs)
         kwargs = config["model_args"] | kwargs
-    return build_model_with_cfg(model, architecture, pretrained, **build_args, **kwargs)  # type: ignore[return-value]
+    return build_model_with_cfg(model, architecture, pretrained, **build_args, **kwargs)
 
 
 HEAD_ARGS = ("num_classes", "in_chans", "drop_rate", "pretrained_cfg")

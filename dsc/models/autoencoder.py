@@ -59,7 +59,7 @@ class SparseAutoencoder(nn.Module):
         """Codes of images, (batch, num_atoms). Raises ValueError for images of another size."""
         if x.shape[1:] != (self.in_chans, *self.img_size):
             raise ValueError(f"images of shape {tuple(x.shape[1:])}, expected {(self.in_chans, *self.img_size)}")
-        return self.coder(x.flatten(1))  # type: ignore[no-any-return]
+        return self.coder(x.flatten(1))
 
     def decode(self, z: Tensor) -> Tensor:
         """Images of codes, (batch, in_chans, height, width)."""

@@ -7,18 +7,28 @@ from torch import nn
 from dsc.models._build import Act
 
 # What a backbone's own non-linearity may be; gates (sigmoid, softmax) are none.
-_TORCH_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.LeakyReLU, nn.Mish, nn.PReLU, nn.Tanh)
-_TIMM_ACTIVATIONS = tuple(
-    {kind for name in ("relu", "gelu", "silu", "hard_swish", "mish", "leaky_relu", "gelu_tanh", "quick_gelu")
-     if isinstance(kind := get_act_layer(name), type)}
-)  # fmt: skip
+_NAMES = (
+    "relu",
+    "relu6",
+    "gelu",
+    "gelu_tanh",
+    "quick_gelu",
+    "silu",
+    "hard_swish",
+    "elu",
+    "leaky_relu",
+    "mish",
+    "prelu",
+)
+_ACTIVATIONS = tuple({nn.Tanh, nn.GELU, nn.SiLU, nn.Hardswish, *(get_act_layer(name) for name in _NAMES)})
 _GATES = ("se", "gate", "attn_gate", "squeeze", "eca", "cbam")
 
 
 def swap_activations(model: nn.Module, act: Act) -> list[str]:
     """Replace every activation of `model` in place and return the names of those replaced.
 
-    The channels' dimension comes from the layer before the activation: last for a linear one, 1 for a convolution. Squeeze-and-excite and gate modules keep theirs.
+    The channels' dimension comes from the layer before the activation: last for a linear one, 1 for a convolution.
+    Squeeze-and-excite and gate modules keep theirs.
 
     Raises ValueError where nothing could be swapped.
     """
@@ -27,7 +37,7 @@ def swap_activations(model: nn.Module, act: Act) -> list[str]:
         if _is_gate(owner_name):
             continue
         for name, child in list(owner.named_children()):
-            if isinstance(child, _TORCH_ACTIVATIONS + _TIMM_ACTIVATIONS) and not _is_gate(name):
+            if isinstance(child, _ACTIVATIONS) and not _is_gate(name):
                 setattr(owner, name, act.make(_channel_dim(owner, name)))
                 swapped.append(f"{owner_name}.{name}".lstrip("."))
     if not swapped:

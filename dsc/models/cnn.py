@@ -78,7 +78,7 @@ class DSCNN(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooled features, or logits."""
-        return self.head(x, pre_logits=pre_logits)  # type: ignore[no-any-return]
+        return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

@@ -1,0 +1,241 @@
+"""`train.py` as a user runs it: from the first command to a resumed run and to every kind of wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import dsc
+from dsc.cli import COMMANDS, main
+from dsc.report import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+QUICK = ["--trainer.enable_progress_bar", "false", "--trainer.limit_train_batches", "4"]
+
+
+def train(runs, *args):
+    return COMMANDS["train"](["--config", str(ROOT / "configs/digits.yaml"), "--runs", str(runs), *QUICK, *args])
+
+
+def failure(capsys, *args):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *args])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, str(ROOT / "train.py"), "--runs", str(root), "--trainer.max_epochs", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return root / "digits" / "1", done.stdout
+
+
+def test_a_run_leaves_everything_behind(run):
+    folder, printed = run
+    for name in ("config.yaml", "metrics.csv", "summary.json", "resume/last.ckpt", "best/model.safetensors"):
+        assert (folder / name).is_file(), name
+    assert list(folder.glob("events.out.tfevents*"))
+    for picture in ("training", "sparsity", "convergence", "atoms"):
+        assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["test"]["accuracy"] > 0.5  # three epochs; chance is 0.1
+    assert f"accuracy: {summary['test']['accuracy']:.4f}" in printed
+
+
+def test_every_figure_the_design_lists_is_logged_under_its_unit(run):
+    logged = read_metrics(run[0])
+    layers = [f"coder.layers.{i}" for i in range(3)]
+    for layer in layers:
+        for name in ("active_fraction", "hoyer", "dead_fraction"):
+            assert all(0 <= value <= 1 for _, value in logged[f"sparsity/{name}/{layer}"])
+        assert f"sparsity/active_group_fraction/{layer}" not in logged  # ReLU has no groups
+        assert all(0 < value < 1 for _, value in logged[f"convergence/rate/{layer}"])
+        assert all(value > 0 for _, value in logged[f"convergence/error/{layer}"])
+        assert {value for _, value in logged[f"convergence/steps/{layer}"]} == {3}
+        assert all(value > 0 for _, value in logged[f"convergence/dictionary/{layer}"])
+    total = dict(logged["sparsity/active_fraction/total"])
+    assert len(total) == 3 and all(0 < value < 1 for value in total.values())
+    losses = torch.tensor([value for _, value in logged["train/loss"]], dtype=torch.float64)
+    expected = (
+        torch.linalg.lstsq(torch.stack([torch.ones(3), torch.arange(3.0)], 1).double(), losses.log().unsqueeze(1))
+        .solution[1]
+        .exp()
+    )
+    assert logged["convergence/train/rate"][-1][1] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_best_weights_load_and_give_the_accuracy_of_the_summary(run):
+    folder, _ = run
+    model = dsc.load(folder / "best").eval()
+    data = dsc.data.ImageData("digits")
+    data.setup()
+    images, labels, _ = data._parts["test"].tensors
+    with torch.no_grad():
+        accuracy = (model(data._as_input(images)).argmax(1) == labels).float().mean()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert float(accuracy) == pytest.approx(summary["test"]["accuracy"], abs=1e-6)
+
+
+def test_evaluate_agrees_with_the_card_and_notices_when_it_does_not(run, capsys, tmp_path):
+    folder, _ = run
+    main(["evaluate", str(folder / "best"), "--picture", str(tmp_path / "curves.png")])
+    assert "accuracy" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").is_file()
+    config = json.loads((folder / "best/config.json").read_text())
+    config["dsc"]["metrics"]["accuracy"] += 0.01
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "model.safetensors").write_bytes((folder / "best/model.safetensors").read_bytes())
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(other)])
+    assert "does not reach its card's figures: accuracy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_configuration_runs(path):
+    config = yaml.safe_load(path.read_text())
+    dataset = config["data"]["init_args"]["dataset"]
+    folder = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "cifar-10-batches-py"}.get(dataset)
+    if dataset != "digits" and not (folder and Path(os.environ.get("DSC_DATA", "data"), folder).is_dir()):
+        pytest.skip(f"no {dataset} data here: set DSC_DATA to its folder")
+    assert COMMANDS["train"](["--config", str(path), "--trainer.fast_dev_run", "true"]) is None
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--model.activation", "group_relu", "--model.group_size", "4"],
+        ["--model.activation", "gelu"],
+        ["--model.model", "resnet18", "--model.activation", "group_relu"],
+        ["--model.model", "dsc_attn_pico"],
+        ["--model.model_args.steps", "1"],
+        ["--model.model_args.joint", "false", "--model.model_args.solver", "fista"],
+        ["--trainer.precision", "bf16-mixed", "--model.channels_last", "true"],
+    ],
+    ids=lambda args: " ".join(args[-4:]),
+)
+def test_activation_backbone_and_precision_change_from_the_command_line(args, tmp_path):
+    summary = train(tmp_path, "--trainer.max_epochs", "1", *args)
+    assert 0 <= summary["test"]["accuracy"] <= 1
+    grouped = any("group" in arg for arg in args)
+    assert any(name.startswith("sparsity/active_group_fraction/") for name in summary["test"]) == grouped
+    solving = not any(arg in ("gelu", "resnet18", "dsc_attn_pico", "1") for arg in args)
+    assert bool(summary["convergence"]) == solving
+
+
+def test_a_regularizer_makes_codes_sparser(tmp_path):
+    penalty = ["--model.regularizers+=dsc.regularizers.L1", "--model.regularizers.weight=1.0"]
+    runs = [train(tmp_path / name, "--trainer.max_epochs", "6", *extra) for name, extra in (("a", []), ("b", penalty))]
+    plain, sparse = (run["test"]["sparsity/active_fraction/total"] for run in runs)
+    assert sparse < plain
+
+
+def test_runs_are_numbered_and_never_overwritten(tmp_path):
+    first = train(tmp_path, "--trainer.max_epochs", "1")
+    before = {p: p.read_bytes() for p in (tmp_path / "digits/1").rglob("*") if p.is_file()}
+    second = train(tmp_path, "--trainer.max_epochs", "1")
+    assert (Path(first["run"]).name, Path(second["run"]).name) == ("1", "2")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "digits/1").rglob("*") if p.is_file()}
+    # The same seed gives the same weights.
+    weights = [load_file(tmp_path / f"digits/{n}/best/model.safetensors") for n in (1, 2)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_resume_after_a_kill_gives_the_weights_of_an_unbroken_run(tmp_path):
+    args = [sys.executable, "train.py", *QUICK, "--trainer.max_epochs", "12", "--data.augment", "[crop, cutout]"]
+    args += ["--data.cutout_size", "2", "--model.model_args.drop_rate", "0.2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    broken = [*args, "--runs", str(tmp_path / "broken")]
+    checkpoint = tmp_path / "broken/digits/1/resume/last.ckpt"
+    process = subprocess.Popen(broken, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "broken/digits/1/summary.json").exists(), "it was killed too late to test anything"
+    for command in ([*broken, "--ckpt_path", "last"], [*args, "--runs", str(tmp_path / "whole")]):
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert [p.name for p in (tmp_path / "broken/digits").iterdir()] == ["1"]
+    states = [
+        torch.load(tmp_path / name / "digits/1/resume/last.ckpt", weights_only=True) for name in ("broken", "whole")
+    ]
+    assert states[0]["epoch_losses"] == states[1]["epoch_losses"]
+    for key, value in states[1]["state_dict"].items():
+        assert torch.equal(states[0]["state_dict"][key], value), key
+    logged = [read_metrics(tmp_path / name / "digits/1")["val/loss"] for name in ("broken", "whole")]
+    assert logged[0] == logged[1]
+
+
+def test_an_infinite_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    from dsc.tasks import Classifier
+
+    honest = Classifier.loss
+
+    def loss(self, batch, stage):
+        value = honest(self, batch, stage)
+        return value * float("inf") if stage == "train" and self.global_step == 6 else value
+
+    monkeypatch.setattr(Classifier, "loss", loss)
+    message = failure(capsys, "--runs", str(tmp_path), *QUICK)
+    assert "the loss is inf at step 6 (epoch 1)" in message
+    kept = torch.load(tmp_path / "digits/1/resume/last.ckpt", weights_only=True)
+    assert kept["epoch"] == 0 and all(value.isfinite().all() for value in kept["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--model.activaton", "relu"], "unknown key 'activaton'; did you mean 'activation'?"),
+        (["--trainer.max_epochz", "3"], "unknown key 'trainer.max_epochz'; did you mean 'trainer.max_epochs'?"),
+        (["--model.activation", "group_rleu"], "unknown activation 'group_rleu'; did you mean 'group_relu'?"),
+        (["--model.model", "resnet81"], "unknown model 'resnet81'; did you mean 'resnet18'?"),
+        (["--data.dataset", "mnits"], "unknown data set 'mnits'; did you mean 'mnist'?"),
+        (
+            ["--model.activation", "group_relu", "--model.group_size", "5"],
+            "group_size=5 does not divide the 32 channels",
+        ),
+        (["--model.threshold", "-1"], "threshold must be finite and at least 0, got -1"),
+        (["--model.model_args.steps", "0"], "must be at least 1, got 0"),
+        (["--model.model", "dsc_cnn"], "image of 8×8 pixels is too small"),
+        (["--ckpt_path", "last", "--name", "digts"], "no run to continue"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_gets_one_clear_line(args, expected, tmp_path, capsys):
+    assert expected in failure(capsys, "--runs", str(tmp_path), *QUICK, *args)
+
+
+def test_an_unknown_regularized_layer_names_the_nearest(tmp_path, capsys):
+    args = [
+        "--model.regularizers+=dsc.regularizers.L1",
+        "--model.regularizers.weight=1",
+        "--model.regularizers.layers=coder.layer.0",
+    ]
+    message = failure(capsys, "--runs", str(tmp_path), *QUICK, *args)
+    assert "unknown layer 'coder.layer.0'; did you mean 'coder.layers.0'?" in message
+
+
+def test_a_wrong_key_in_a_file_names_the_nearest(tmp_path, capsys):
+    text = (ROOT / "configs/digits.yaml").read_text().replace("label_smoothing", "label_smothing")
+    (tmp_path / "wrong.yaml").write_text(text)
+    message = failure(capsys, "--config", str(tmp_path / "wrong.yaml"))
+    assert "unknown key 'label_smothing'; did you mean 'label_smoothing'?" in message
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    with pytest.raises(SystemExit, match="unknown command 'trian'; did you mean 'train'"):
+        main(["trian"])
