@@ -113,7 +113,7 @@ class SparseCoding(nn.Module):
         return record
 
     @torch.no_grad()
-    def reference(self, x: Tensor, max_steps: int = 2000, tol: float = 1e-7) -> Tensor:
+    def reference(self, x: Tensor, max_steps: int = 2000, tol: float = 1e-6) -> Tensor:
         """Code by a long solve, to measure errors against: FISTA until 100 steps move it by less than `tol`."""
         solver = FISTA(steps=100, restart=True)
         z = self.solve(x, solver)

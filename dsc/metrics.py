@@ -47,18 +47,22 @@ class HoyerIndex(MeanMetric):
             super().update(values)
 
 
+def _fmax(states: Tensor) -> Tensor:
+    return states.nan_to_num(-1).amax(0).where(~states.isnan().all(0), torch.nan)
+
+
 class DeadFraction(Metric):
-    """Fraction of channels that are zero for every signal and everywhere."""
+    """Fraction of channels that are zero for every signal and everywhere; NaN before any signal."""
 
     active: Tensor
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
         self.dim = dim
-        self.add_state("active", torch.zeros(()), dist_reduce_fx="max")
+        self.add_state("active", torch.tensor(torch.nan), dist_reduce_fx=_fmax)  # NaN: nothing seen yet
 
     def update(self, z: Tensor) -> None:
-        self.active = torch.maximum(self.active, measures.active_units(z, self.dim).float())
+        self.active = torch.fmax(self.active, measures.active_units(z, self.dim).float())
 
     def compute(self) -> Tensor:
         return 1 - self.active.mean()
@@ -124,7 +128,7 @@ def solving_layers(model: nn.Module) -> dict[str, SparseCoding]:
 Curves = dict[str, dict[str, Tensor]]
 
 
-def convergence_curves(model: nn.Module, x: Tensor, steps: int = RATE_STEPS, reference_steps: int = 2000) -> Curves:
+def convergence_curves(model: nn.Module, x: Tensor, steps: int = RATE_STEPS, reference_steps: int = 1000) -> Curves:
     """Errors after 1…`steps` steps of ISTA and of FISTA, by layer and solver, for the layers that `convergence` knows.
 
     ``curves[layer][solver]`` has shape (steps,).

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterable, Mapping
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def measure_checkpoint(folder: Path, root: str | None = None) -> tuple[dict[str,
 def compare(measured: Mapping[str, float], card: Mapping[str, float], tolerance: float = 2e-4) -> None:
     """Raise ValueError where a figure differs from the card's by more than `tolerance` (0.02 points)."""
     wrong = [f"{k}: card {v:.4f}, measured {measured.get(k)}" for k, v in card.items()
-             if abs(measured.get(k, float("inf")) - v) > tolerance]  # fmt: skip
+             if not abs(measured.get(k, float("inf")) - v) <= tolerance]  # fmt: skip
     if wrong:
         raise ValueError("the checkpoint does not reach its card's figures: " + "; ".join(wrong))
 
@@ -216,7 +217,7 @@ def image_atoms(model: nn.Module, pixels: int) -> Tensor | None:
         if isinstance(module, ConvDictionary) and module.weight.shape[1] in (1, 3):
             return module.atoms()
         if isinstance(module, DenseDictionary) and module.num_features == pixels:
-            return module.atoms(3 if pixels % 3 == 0 and pixels != 784 else 1)
+            return module.atoms(3 if 3 * isqrt(pixels // 3) ** 2 == pixels else 1)
     return None
 
 

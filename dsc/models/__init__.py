@@ -1,5 +1,6 @@
 """The zoo: one file a family, each entry registered with timm, and the one door to all of them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from dsc.prox import Activation
 __all__ = ["create_model", "list_models", "load", "swap_activations"]
 
 FAMILIES = (cnn, transformer, autoencoder)
+
+
+def own_cfg(architecture: str) -> dict[str, Any]:
+    """An architecture's own configuration: timm's default becomes that of its first checkpoint, once there is one."""
+    cfgs = next(family.default_cfgs[architecture] for family in FAMILIES if architecture in family.default_cfgs)
+    return dict(cfgs.cfgs[""].to_dict(), architecture=architecture)
 
 
 def list_models() -> list[str]:
@@ -50,7 +57,7 @@ def create_model(
     given = {k: v for k, v in (given | dict(learn_threshold=learn_threshold)).items() if v is not None}
     if architecture in list_models():
         if not pretrained:
-            return timm.create_model(architecture, pretrained_cfg=tag or None, **given, **kwargs)
+            return timm.create_model(architecture, pretrained_cfg=tag or own_cfg(architecture), **given, **kwargs)
         folder = hub.find(name if tag else _default_checkpoint(architecture))
         return _load(folder, given | kwargs)
     if not is_model(architecture):
@@ -80,18 +87,29 @@ def _load(folder: Path, kwargs: dict[str, Any]) -> nn.Module:
     for key, value in kwargs.items():
         if key in saved and key != "num_classes" and saved[key] != value:
             raise ValueError(f"checkpoint {folder.name} was trained with {key}={saved[key]!r}, not {value!r}")
-    features_only = kwargs.get("features_only", False)
-    args = saved | {k: v for k, v in kwargs.items() if k not in ("features_only", "out_indices")}
+    wrapper = {key: kwargs.pop(key) for key in ("features_only", "out_indices") if key in kwargs}
+    args = saved | kwargs
     model = create_model(config["architecture"], **args)
     new_head = args.get("num_classes", config["num_classes"]) != config["num_classes"]
     classifier = config["pretrained_cfg"].get("classifier")
     hub.load_weights(model, folder, skip=(f"{classifier}.",) if new_head and classifier else ())
     model.pretrained_cfg = {**model.pretrained_cfg, **config["pretrained_cfg"]}  # type: ignore[assignment,dict-item]
-    if features_only:
-        wrapped = create_model(config["architecture"], **saved, **kwargs)
-        wrapped.load_state_dict(model.state_dict(), strict=False)
-        return wrapped
-    return model
+    return _features(create_model(config["architecture"], **args, **wrapper), model) if wrapper else model
+
+
+def _features(wrapped: nn.Module, model: nn.Module) -> nn.Module:
+    # timm's wrappers rename what they hold: `body.` or `model.` in front, and dots made underscores.
+    weights = {_flat(key): value for key, value in model.state_dict().items()}
+    own = {key: _flat(re.sub(r"^(body|model)\.", "", key)) for key in wrapped.state_dict()}
+    missing = [key for key, name in own.items() if name not in weights]
+    if missing:
+        raise ValueError(f"features_only is not possible here: {', '.join(missing[:5])} have no weights")
+    wrapped.load_state_dict({key: weights[name] for key, name in own.items()})
+    return wrapped
+
+
+def _flat(key: str) -> str:
+    return re.sub(r"[._]", "", key)
 
 
 def _default_checkpoint(architecture: str) -> str:

@@ -37,7 +37,7 @@ class Act:
             group_size=self.group_size,
             groups=self.groups,
             threshold=self.threshold,
-            learn=self.learn_threshold,
+            learn=self.learn_threshold or None,
         )
 
     def make_relative(self, dim: int, channels: int, size: float) -> Prox:
@@ -48,7 +48,7 @@ class Act:
         shape = dict(group_size=self.group_size, groups=self.groups)
         prox = create_activation(self.name, dim, **shape)
         if not prox.is_prox:
-            return self.make(dim)
+            return create_activation(self.name, dim, threshold=self.threshold, **shape)
         members = prox.group_size_of(channels)
         fraction = RELATIVE_THRESHOLD[prox.is_grouped] if self.threshold is None else self.threshold
         value = fraction * size * members**0.5

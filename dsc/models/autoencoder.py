@@ -79,8 +79,9 @@ default_cfgs = make_default_cfgs(gsae=_cfg, sae=_cfg)
 def gsae(pretrained: bool = False, **kwargs: Any) -> SparseAutoencoder:
     """Ten groups of sixteen atoms, fifteen FISTA steps."""
     kwargs = dict(activation="group_relu") | kwargs
-    if kwargs["activation"] in ("group_relu", "group_relu_nonneg") and kwargs.get("groups") is None:
-        kwargs["group_size"] = kwargs.get("group_size") or 16
+    sized = kwargs.get("groups") is not None or kwargs.get("group_size") is not None
+    if kwargs["activation"] in ("group_relu", "group_relu_nonneg") and not sized:
+        kwargs["group_size"] = 16
     return build(SparseAutoencoder, "gsae", pretrained, kwargs)
 
 

@@ -36,7 +36,7 @@ def swap_activations(model: nn.Module, act: Act) -> list[str]:
     for owner_name, owner in list(model.named_modules()):
         if _is_gate(owner_name):
             continue
-        for name, child in list(owner.named_children()):
+        for name, child in list(owner._modules.items()):  # a module under two names has two places
             if isinstance(child, _ACTIVATIONS) and not _is_gate(name):
                 setattr(owner, name, act.make(_channel_dim(owner, name)))
                 swapped.append(f"{owner_name}.{name}".lstrip("."))
@@ -51,7 +51,7 @@ def _is_gate(name: str) -> bool:
 
 def _channel_dim(owner: nn.Module, activation: str) -> int:
     # The nearest layer before the activation says how channels lie; failing that, the nearest one after it.
-    names = [name for name, _ in owner.named_children()]
+    names = [name for name, child in owner._modules.items() if child is not None]
     at = names.index(activation)
     for name in [*reversed(names[:at]), *names[at + 1 :]]:
         child = owner.get_submodule(name)

@@ -103,11 +103,11 @@ default_cfgs = make_default_cfgs(dsc_cnn=_cfg, dsc_cnn_pico=_cfg)
 @register_model
 def dsc_cnn(pretrained: bool = False, **kwargs: Any) -> DSCNN:
     """Three dictionaries of 32, 64 and 512 atoms of 6, 6 and 4 pixels, as ML-ISTA's network for MNIST."""
-    return build(DSCNN, "dsc_cnn", pretrained, kwargs, feature_cfg=_features)
+    return build(DSCNN, "dsc_cnn", pretrained, kwargs, feature_cfg=dict(_features))
 
 
 @register_model
 def dsc_cnn_pico(pretrained: bool = False, **kwargs: Any) -> DSCNN:
     """Three dictionaries of 32, 64 and 128 atoms of 3 pixels, for images from 8 pixels on."""
     shape = dict(channels=(32, 64, 128), kernel_sizes=(3, 3, 3), strides=(1, 2, 2), paddings=(1, 1, 1))
-    return build(DSCNN, "dsc_cnn_pico", pretrained, shape | kwargs, feature_cfg=_features)
+    return build(DSCNN, "dsc_cnn_pico", pretrained, shape | kwargs, feature_cfg=dict(_features))
