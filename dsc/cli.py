@@ -114,10 +114,15 @@ def train(args: Sequence[str]) -> dict[str, Any] | None:
 
     A run of `--trainer.fast_dev_run` leaves no folder and returns None.
     """
+    return _fit_and_report(cli_of(args))
+
+
+def cli_of(args: Sequence[str]) -> CLI:
+    """The parsed command line: its task, data and trainer, made but not run."""
     _quiet()
     if not any(a == "--config" or a.startswith("--config=") or a in ("-c", "-h", "--help") for a in args):
         args = ["--config", _default_config(), *args]
-    cli = CLI(
+    return CLI(
         model_class=Task,
         datamodule_class=LightningDataModule,
         subclass_mode_model=True,
@@ -131,7 +136,6 @@ def train(args: Sequence[str]) -> dict[str, Any] | None:
         args=list(args),
         run=False,
     )
-    return _fit_and_report(cli)
 
 
 def _fit_and_report(cli: CLI) -> dict[str, Any] | None:

@@ -255,7 +255,7 @@ class ImageData(LightningDataModule):
         try:
             _SOURCES[self.dataset](self.root, train=False, download=True)
         except (OSError, RuntimeError, HTTPException) as error:
-            raise self._no_data(f"the download failed ({error})") from error
+            raise self._no_data(f"the download failed ({' '.join(str(error).split())})") from error
 
     def setup(self, stage: str | None = None) -> None:
         """Check and read the files once; raises FileNotFoundError (missing) or ValueError (altered)."""
@@ -284,8 +284,9 @@ class ImageData(LightningDataModule):
         train, data = part == "train", self._parts[part]
         batch_size = self.batch_size if train else self.eval_batch_size
         batches = IndexBatches(len(data), batch_size, train, self.seed)
-        # batch_size=None: each tensor of the sampler indexes the data set once, with nothing to collate.
-        return DataLoader(data, sampler=batches, batch_size=None)
+        # batch_size=None: each tensor of the sampler indexes the data set once, with nothing to collate. A generator
+        # of its own: a loader draws a number when it starts, earlier in a resumed run than in an unbroken one.
+        return DataLoader(data, sampler=batches, batch_size=None, generator=torch.Generator())
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Raw uint8 images (B, C, H, W), labels (B,) and indices (B,), reshuffled each epoch."""

@@ -29,6 +29,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 def finish(run: Path, task: Task, data: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """Test the task's model and write its weights, summary and pictures into the run's folder; returns the summary."""
     summary, curves = measure(task, data, config["seed_everything"])
+    summary["run"] = str(run)
     save_best(run, task, data, summary, config)
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw(run, read_metrics(run), curves, task.model, data.in_chans * data.image_size**2)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import dsc
 from dsc.cli import COMMANDS, main
+from dsc.data import ImageData
 from dsc.report import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +80,7 @@ def test_every_figure_the_design_lists_is_logged_under_its_unit(run):
 def test_best_weights_load_and_give_the_accuracy_of_the_summary(run):
     folder, _ = run
     model = dsc.load(folder / "best").eval()
-    data = dsc.data.ImageData("digits")
+    data = ImageData("digits")
     data.setup()
     images, labels, _ = data._parts["test"].tensors
     with torch.no_grad():
@@ -107,10 +108,9 @@ def test_evaluate_agrees_with_the_card_and_notices_when_it_does_not(run, capsys,
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_configuration_runs(path):
     config = yaml.safe_load(path.read_text())
-    dataset = config["data"]["init_args"]["dataset"]
-    folder = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "cifar-10-batches-py"}.get(dataset)
-    if dataset != "digits" and not (folder and Path(os.environ.get("DSC_DATA", "data"), folder).is_dir()):
-        pytest.skip(f"no {dataset} data here: set DSC_DATA to its folder")
+    data = ImageData(config["data"]["init_args"]["dataset"])
+    if data._missing():
+        pytest.skip(f"no {data.dataset} data in {data.root}: set DSC_DATA to its folder")
     assert COMMANDS["train"](["--config", str(path), "--trainer.fast_dev_run", "true"]) is None
 
 
@@ -155,7 +155,7 @@ def test_runs_are_numbered_and_never_overwritten(tmp_path):
 
 
 def test_resume_after_a_kill_gives_the_weights_of_an_unbroken_run(tmp_path):
-    args = [sys.executable, "train.py", *QUICK, "--trainer.max_epochs", "12", "--data.augment", "[crop, cutout]"]
+    args = [sys.executable, "train.py", *QUICK, "--trainer.max_epochs", "6", "--data.augment", "[crop, cutout]"]
     args += ["--data.cutout_size", "2", "--model.model_args.drop_rate", "0.2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     broken = [*args, "--runs", str(tmp_path / "broken")]
@@ -210,7 +210,7 @@ def test_an_infinite_loss_stops_names_the_step_and_keeps_the_last_good_checkpoin
         ),
         (["--model.threshold", "-1"], "threshold must be finite and at least 0, got -1"),
         (["--model.model_args.steps", "0"], "must be at least 1, got 0"),
-        (["--model.model", "dsc_cnn"], "image of 8×8 pixels is too small"),
+        (["--model.model", "dsc_cnn"], "images of 8×8 pixels are too small: this network needs 28 a side"),
         (["--ckpt_path", "last", "--name", "digts"], "no run to continue"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

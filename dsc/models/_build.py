@@ -46,9 +46,9 @@ class Act:
         A learned λ has one value a channel or group.
         """
         shape = dict(group_size=self.group_size, groups=self.groups)
-        prox = create_activation(self.name, dim, **shape)
+        prox = create_activation(self.name, dim, threshold=self.threshold, **shape)
         if not prox.is_prox:
-            return create_activation(self.name, dim, threshold=self.threshold, **shape)
+            return prox
         members = prox.group_size_of(channels)
         fraction = RELATIVE_THRESHOLD[prox.is_grouped] if self.threshold is None else self.threshold
         value = fraction * size * members**0.5

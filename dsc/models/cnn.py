@@ -63,6 +63,9 @@ class DSCNN(nn.Module):
             size = layers[-1].code_size if layers else 1.0
             layers.append(sparse_layer(ConvDictionary(*shape), act, 1, rule, size))
         self.coder = DeepSparseCoding(layers, rule, joint)
+        self.min_size = 1
+        for kernel, stride, padding in reversed(list(zip(kernel_sizes, strides, paddings, strict=True))):
+            self.min_size = max((self.min_size - 1) * stride + kernel - 2 * padding, 1)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = channels[-1]
         self.feature_info = [
@@ -73,7 +76,11 @@ class DSCNN(nn.Module):
         self.head = ClassifierHead(channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised code of the deepest layer, (batch, channels, h, w)."""
+        """Normalised code of the deepest layer, (batch, channels, h, w). Raises ValueError for too small images."""
+        if min(x.shape[-2:]) < self.min_size:
+            raise ValueError(
+                f"images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: this network needs {self.min_size} a side"
+            )
         return self.norm(self.coder(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
