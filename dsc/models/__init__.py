@@ -11,19 +11,13 @@ from torch import nn
 from dsc import hub
 from dsc._names import unknown
 from dsc.models import autoencoder, cnn, transformer
-from dsc.models._build import Act
+from dsc.models._build import Act, check_against
 from dsc.models.backbones import create_backbone, swap_activations
 from dsc.prox import Activation
 
 __all__ = ["create_model", "list_models", "load", "swap_activations"]
 
 FAMILIES = (cnn, transformer, autoencoder)
-
-
-def own_cfg(architecture: str) -> dict[str, Any]:
-    """An architecture's own configuration: timm's default becomes that of its first checkpoint, once there is one."""
-    cfgs = next(family.default_cfgs[architecture] for family in FAMILIES if architecture in family.default_cfgs)
-    return dict(cfgs.cfgs[""].to_dict(), architecture=architecture)
 
 
 def list_models() -> list[str]:
@@ -57,7 +51,7 @@ def create_model(
     given = {k: v for k, v in (given | dict(learn_threshold=learn_threshold)).items() if v is not None}
     if architecture in list_models():
         if not pretrained:
-            return timm.create_model(architecture, pretrained_cfg=tag or own_cfg(architecture), **given, **kwargs)
+            return timm.create_model(architecture, pretrained_cfg=tag or None, **given, **kwargs)
         folder = hub.find(name if tag else _default_checkpoint(architecture))
         return _load(folder, given | kwargs)
     if not is_model(architecture):
@@ -84,9 +78,7 @@ def load(folder: str | Path, **kwargs: Any) -> nn.Module:
 def _load(folder: Path, kwargs: dict[str, Any]) -> nn.Module:
     config = hub.read_config(folder)
     saved = config["model_args"]
-    for key, value in kwargs.items():
-        if key in saved and key != "num_classes" and saved[key] != value:
-            raise ValueError(f"checkpoint {folder.name} was trained with {key}={saved[key]!r}, not {value!r}")
+    check_against(folder.name, saved, kwargs)
     wrapper = {key: kwargs.pop(key) for key in ("features_only", "out_indices") if key in kwargs}
     args = saved | kwargs
     model = create_model(config["architecture"], **args)

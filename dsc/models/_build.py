@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import DefaultCfg, build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
 from dsc import hub
@@ -74,13 +74,17 @@ def sparse_layer(dictionary: Dictionary, act: Act, dim: int, solver: ISTA, size:
     return layer
 
 
-def default_cfgs(**architectures: dict[str, Any]) -> dict[str, Any]:
+def default_cfgs(**architectures: dict[str, Any]) -> dict[str, DefaultCfg]:
     """timm's configurations of these architectures and of their published checkpoints."""
     cfgs: dict[str, Any] = dict(architectures)
     for name, folder in hub.checkpoint_folders().items():
         if name.split(".")[0] in architectures:
             cfgs[name] = hub.read_config(folder)["pretrained_cfg"] | {"file": str(folder / hub.WEIGHTS)}
-    return generate_default_cfgs(cfgs)
+    found: dict[str, DefaultCfg] = generate_default_cfgs(cfgs)
+    for cfg in found.values():  # timm makes a checkpoint the default; an untagged name here is the architecture itself
+        cfg.tags.remove("")
+        cfg.tags.appendleft("")
+    return found
 
 
 def build(model: type[M], architecture: str, pretrained: bool, kwargs: dict[str, Any], **build_args: Any) -> M:
@@ -92,17 +96,18 @@ def build(model: type[M], architecture: str, pretrained: bool, kwargs: dict[str,
     name = f"{architecture}.{tag}" if isinstance(tag, str) and tag else None
     if name is None and pretrained and tag is None:
         name = next((known for known in hub.checkpoint_folders() if known.split(".")[0] == architecture), None)
-    if name in hub.checkpoint_folders():
+    if name is not None and name in hub.checkpoint_folders():
         config = hub.read_config(hub.find(name))
-        _check(name, config["model_args"], kwargs)
-        kwargs = config["model_args"] | kwargs
+        check_against(name, config["model_args"], kwargs)
+        kwargs = config["model_args"] | kwargs | {"pretrained_cfg": name.split(".", 1)[1]}
     return build_model_with_cfg(model, architecture, pretrained, **build_args, **kwargs)
 
 
 HEAD_ARGS = ("num_classes", "in_chans", "drop_rate", "pretrained_cfg")
 
 
-def _check(name: str, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+def check_against(name: str, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise ValueError where an argument asked for contradicts a checkpoint's saved ones."""
     for key, value in asked.items():
         if key in saved and key not in HEAD_ARGS and saved[key] != value:
             raise ValueError(f"checkpoint {name} was trained with {key}={saved[key]!r}, not {value!r}")

@@ -1,0 +1,35 @@
+"""The README's Python runs as it stands, and its figures are those of the published checkpoint."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dsc import hub
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_examples_run_in_order(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(block, names)
+    assert names["codes"].shape == (4, 64, 32, 32)
+    assert names["reconstruction"].shape == names["images"].shape
+    assert "coder.layers.2" in capsys.readouterr().out
+
+
+def test_convergence_table_is_the_published_checkpoint_s():
+    facts = hub.read_config(ROOT / "checkpoints/dsc_cnn.mnist_relu")["dsc"]
+    rows = re.findall(r"^\| (coder\S+) +\| (ista|fista) +\| (.+) \|$", README, re.M)
+    assert [(row["layer"], row["solver"]) for row in facts["convergence"]] == [row[:2] for row in rows]
+    for saved, (_, _, cells) in zip(facts["convergence"], rows, strict=True):
+        shown = [float(cell) for cell in cells.split("|")]
+        assert shown == pytest.approx([*saved["errors"].values(), saved["rate"]], abs=0.005)
+
+
+def test_accuracy_in_the_table_is_the_published_checkpoint_s():
+    accuracy = hub.read_config(ROOT / "checkpoints/dsc_cnn.mnist_relu")["dsc"]["metrics"]["accuracy"]
+    assert f"{100 * accuracy:.2f}" in next(line for line in README.splitlines() if "mnist_cnn.yaml --seed" in line)
