@@ -30,7 +30,9 @@ class Regularizer:
         chosen = [name for name in observer.layers if fnmatch(name, self.layers)]
         if not chosen:
             raise ValueError(unknown("layer", self.layers, observer.layers))
-        codes = [(z, observer.layers[name]) for name in chosen for z in observer.features[name]]
+        codes = [(z, observer.layers[name]) for name in chosen for z in observer.features.get(name, [])]
+        if not codes:
+            raise ValueError(f"the model's forward reached none of the layers {', '.join(chosen)}")
         return self.weight * torch.stack([self.penalty(z, layer) for z, layer in codes]).sum()
 
     def penalty(self, z: Tensor, layer: SparseLayer) -> Tensor:

@@ -82,6 +82,8 @@ class Task(LightningModule):
         data: Any = None,
     ) -> None:
         super().__init__()
+        if data is None:
+            raise ValueError("data is needed: a data module, or anything with num_classes, in_chans and image_size")
         act = dict(activation=activation, group_size=group_size, groups=groups, threshold=threshold)
         act |= dict(learn_threshold=learn_threshold)
         given = {k: v for k, v in act.items() if v is not None}
