@@ -41,8 +41,9 @@ class Dictionary(nn.Module):
         self._measured: tuple[Tensor, tuple[int, int, torch.dtype]] | None = None
         self.register_load_state_dict_post_hook(lambda module, keys: None if module.training else module._refresh())
         with torch.no_grad():
+            symbol = self._symbol()
             for _ in range(20):
-                self._power_iteration(*self._symbol())
+                self._power_iteration(*symbol)
 
     @property
     def num_atoms(self) -> int:

@@ -35,6 +35,11 @@ def find(name: str) -> Path:
     return folders[name]
 
 
+def default_checkpoint(architecture: str) -> str | None:
+    """First published checkpoint of an architecture, which its untagged name stands for; None without any."""
+    return next((name for name in checkpoint_folders() if name.split(".")[0] == architecture), None)
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """`config.json` of a checkpoint folder. Raises FileNotFoundError, or ValueError where it is not ours."""
     path = Path(folder) / CONFIG

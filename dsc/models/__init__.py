@@ -105,7 +105,7 @@ def _flat(key: str) -> str:
 
 
 def _default_checkpoint(architecture: str) -> str:
-    tagged = [name for name in hub.checkpoint_folders() if name.split(".")[0] == architecture]
-    if not tagged:
+    name = hub.default_checkpoint(architecture)
+    if name is None:
         raise ValueError(f"{architecture} has no published checkpoint yet: use pretrained=False, or dsc.load(folder)")
-    return tagged[0]
+    return name

@@ -95,7 +95,7 @@ def build(model: type[M], architecture: str, pretrained: bool, kwargs: dict[str,
     tag = kwargs.get("pretrained_cfg")
     name = f"{architecture}.{tag}" if isinstance(tag, str) and tag else None
     if name is None and pretrained and tag is None:
-        name = next((known for known in hub.checkpoint_folders() if known.split(".")[0] == architecture), None)
+        name = hub.default_checkpoint(architecture)
     if name is not None and name in hub.checkpoint_folders():
         config = hub.read_config(hub.find(name))
         check_against(name, config["model_args"], kwargs)
