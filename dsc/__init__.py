@@ -2,26 +2,36 @@
 
 from importlib.metadata import version
 
+from dsc.activations import activation_factory, create_activation, list_activations
 from dsc.dictionaries import ConvDictionary, DenseDictionary
+from dsc.dictionary_learning import DictionaryLearning
+from dsc.encode import sparse_encode
 from dsc.layers import DeepSparseCoding, SparseCoding
+from dsc.learned import ALISTA, LISTA, LISTACP, SupportSelection, analytic_weights
 from dsc.models import create_model, list_models, load
 from dsc.observe import Observer
-from dsc.prox import activation_factory, create_activation, list_activations
 from dsc.solvers import FISTA, ISTA
 
 __version__ = version("deep-sparse-coding")
 __all__ = [
+    "ALISTA",
     "FISTA",
     "ISTA",
+    "LISTA",
+    "LISTACP",
     "ConvDictionary",
     "DeepSparseCoding",
     "DenseDictionary",
+    "DictionaryLearning",
     "Observer",
     "SparseCoding",
+    "SupportSelection",
     "activation_factory",
+    "analytic_weights",
     "create_activation",
     "create_model",
     "list_activations",
     "list_models",
     "load",
+    "sparse_encode",
 ]

@@ -1,9 +1,9 @@
-"""The command line: `dsc train` (configuration → fit → test → report) and `dsc evaluate`."""
+"""The command line: `dsc train` (configuration → fit → test → report), `dsc evaluate` and `dsc reproduce`."""
 
 import re
 import sys
 import warnings
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from dsc import hub, report, runs
 from dsc._names import unknown
 from dsc.data import ImageData
+from dsc.reproduce import EXPERIMENTS, results
 from dsc.tasks import Classifier, Reconstructor, Task
 
 DEFAULT_CONFIG = "configs/digits.yaml"
@@ -202,4 +203,32 @@ def evaluate(args: Sequence[str]) -> None:
         report.compare(summary["test"], hub.read_config(folder)["dsc"]["metrics"])
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {"train": train, "evaluate": evaluate}
+def reproduce(args: Sequence[str]) -> None:
+    """Run an experiment of the literature; its figures, table and picture go to a folder of their own."""
+    if args and not args[0].startswith("-") and args[0] not in EXPERIMENTS:
+        raise ValueError(unknown("experiment", args[0], EXPERIMENTS))
+    parser = ArgumentParser(prog="dsc reproduce", description=reproduce.__doc__)
+    names = parser.add_subparsers(dest="experiment", metavar="experiment", required=True)
+    for name, experiment in EXPERIMENTS.items():
+        text, title = experiment.description, experiment.description.splitlines()[0]
+        own = names.add_parser(name, help=title, description=text, formatter_class=RawDescriptionHelpFormatter)
+        own.add_argument("--fast", action="store_true", help="a small instance, in under a minute")
+        own.add_argument("--seeds", type=_count, default=1, help="how many repetitions, seeds 0, 1, … (default: 1)")
+        own.add_argument("--out", type=Path, help=f"folder of the results (default: a new runs/reproduce/{name}/<n>)")
+        experiment.add_arguments(own)
+    parsed = parser.parse_args(args)
+    folder = parsed.out or runs.new_run("runs/reproduce", parsed.experiment)
+    results.check_fresh(folder, parsed.experiment)  # before the work, not after it
+    _quiet()
+    found = EXPERIMENTS[parsed.experiment].run(parsed, print)
+    results.write(folder, parsed.experiment, found)
+    print(f"\n{found.table}\n\nfigures, table and picture: {folder}")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {"train": train, "evaluate": evaluate, "reproduce": reproduce}

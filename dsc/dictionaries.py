@@ -5,7 +5,7 @@ weights are a dictionary and the other way round.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from dsc import measures
 
 SAFETY = 1.05  # a power iteration approaches L from below; the margin covers what is missing
 FINE_GRID_BELOW = 2**15  # weights
+
+GradientStep = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Dictionary(nn.Module):
@@ -57,6 +59,14 @@ class Dictionary(nn.Module):
     def analyze(self, x: Tensor) -> Tensor:
         """Correlations ``Dᵀx``, the exact adjoint of `synthesize`."""
         raise TypeError(f"{type(self).__name__} defines no analysis")
+
+    def gradient_step(self, step: float | Tensor, signals: Tensor, bias: Tensor | None = None) -> GradientStep:
+        """The function ``(z, x, s(Dᵀx + b)) ↦ z + s(Dᵀ(x − Dz) + b)``; what its uses share is computed here, once.
+
+        `step` is s, one number; `signals` are those to be coded, of which the x to come may be parts; `bias` is b, a
+        value an atom.
+        """
+        raise TypeError(f"{type(self).__name__} defines no gradient step")
 
     def lipschitz(self) -> Tensor:
         """Upper bound of ``‖D‖²``, the Lipschitz constant of the gradient of ``½‖x − Dz‖²``."""
@@ -143,6 +153,32 @@ class DenseDictionary(Dictionary):
         """``DᵀD``, shape (atoms, atoms)."""
         return self.weight @ self.weight.mT
 
+    def gradient_step(self, step: float | Tensor, signals: Tensor, bias: Tensor | None = None) -> GradientStep:
+        weight = self.weight
+        if self.gram_is_cheaper(signals):
+            turn = torch.eye(self.num_atoms, dtype=weight.dtype, device=weight.device) - step * self.gram()
+            return lambda z, x, driven: torch.addmm(_rows(driven), _rows(z), turn).view(z.shape)
+        back = (step * weight).mT
+        shift = None if bias is None else step * bias
+
+        def by_residual(z: Tensor, x: Tensor, driven: Tensor) -> Tensor:
+            residual = torch.addmm(_rows(x), _rows(z), weight, alpha=-1)
+            moved = torch.addmm(_rows(z), residual, back).view(z.shape)
+            return moved if shift is None else moved.add_(shift)
+
+        return by_residual
+
+    def gram_is_cheaper(self, signals: Tensor) -> bool:
+        """Whether ``sDᵀx + (I − sDᵀD)z`` costs no more than ``z + sDᵀ(x − Dz)`` even if DᵀD serves a single step.
+
+        Multiplications of that step are counted. A compiled program serves any batch: there it is taken to be large.
+        """
+        atoms, features = self.weight.shape
+        if torch.compiler.is_compiling():
+            return atoms <= features
+        rows = signals.shape[:-1].numel()
+        return atoms**2 * features + rows * atoms**2 <= rows * 2 * atoms * features
+
     def lipschitz(self) -> Tensor:
         weight = self.weight.double()
         small = weight.mT @ weight if self.num_atoms > self.num_features else weight @ weight.mT
@@ -174,6 +210,26 @@ class ConvDictionary(Dictionary):
         super().__init__(weight)
 
     def synthesize(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        return self._synthesize(z, size, self._kernel())
+
+    def analyze(self, x: Tensor) -> Tensor:
+        return self._analyze(x, self._kernel())
+
+    def gradient_step(self, step: float | Tensor, signals: Tensor, bias: Tensor | None = None) -> GradientStep:
+        kernel = self._kernel()
+        scaled = step * kernel  # so that no step has to scale its correlations
+        shift = None if bias is None else step * bias
+
+        def by_residual(z: Tensor, x: Tensor, driven: Tensor) -> Tensor:
+            residual = x - self._synthesize(z, x.shape[-2:], kernel)
+            return self._analyze(residual, scaled, shift).add_(z)
+
+        return by_residual
+
+    def _kernel(self) -> Tensor:
+        return self.polyphase() if self.by_phases else self.weight
+
+    def _synthesize(self, z: Tensor, size: Sequence[int] | None, kernel: Tensor) -> Tensor:
         reached = [(n - 1) * self.stride + self.kernel_size - 2 * self.padding for n in z.shape[-2:]]
         rows, columns = (s - r for s, r in zip(size or reached, reached, strict=True))
         # A strided convolution drops up to stride − 1 pixels at the far edge: its adjoint puts zeros there.
@@ -182,27 +238,24 @@ class ConvDictionary(Dictionary):
                 f"a code of size {tuple(z.shape[-2:])} does not come from signals of size {tuple(size or ())}"
             )
         if self.by_phases:
-            x = F.pixel_shuffle(F.conv_transpose2d(z, self.polyphase()), self.stride)
+            x = F.pixel_shuffle(F.conv_transpose2d(z, kernel), self.stride)
             height, width = reached[0] + rows, reached[1] + columns
             x = x[..., self.padding : self.padding + height, self.padding : self.padding + width]
             return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
-        return F.conv_transpose2d(
-            z, self.weight, stride=self.stride, padding=self.padding, output_padding=(rows, columns)
-        )
+        return F.conv_transpose2d(z, kernel, stride=self.stride, padding=self.padding, output_padding=(rows, columns))
 
-    def analyze(self, x: Tensor) -> Tensor:
+    def _analyze(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
         if min(x.shape[-2:]) + 2 * self.padding < self.kernel_size:
             raise ValueError(
                 f"image of {x.shape[-2]}×{x.shape[-1]} pixels is too small: with kernel_size={self.kernel_size} "
                 f"and padding={self.padding} it needs at least {self.kernel_size - 2 * self.padding} a side"
             )
         if not self.by_phases:
-            return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
-        kernel = self.polyphase()
+            return F.conv2d(x, kernel, bias, self.stride, self.padding)
         far = [((n + 2 * self.padding - self.kernel_size) // self.stride + kernel.shape[-1]) * self.stride
                - n - self.padding for n in x.shape[-2:]]  # fmt: skip
         x = F.pad(x, (self.padding, far[1], self.padding, far[0]))
-        return F.conv2d(F.pixel_unshuffle(x, self.stride), kernel)
+        return F.conv2d(F.pixel_unshuffle(x, self.stride), kernel, bias)
 
     @property
     def by_phases(self) -> bool:
@@ -236,8 +289,12 @@ class ConvDictionary(Dictionary):
         # A real kernel needs half of the frequencies. Between them the symbol is smooth; that of a small dictionary
         # has sharper peaks, and can afford a finer grid.
         half = 2 * side if kernel.numel() < FINE_GRID_BELOW else side
-        rows, columns = torch.meshgrid(torch.arange(2 * half), torch.arange(half + 1), indexing="ij")
-        taps = torch.cartesian_prod(torch.arange(side), torch.arange(side)).to(self.weight)
+        device = self.weight.device
+        rows, columns = torch.meshgrid(
+            torch.arange(2 * half, device=device), torch.arange(half + 1, device=device), indexing="ij"
+        )
+        tap = torch.arange(side, device=device)
+        taps = torch.cartesian_prod(tap, tap).to(self.weight)
         angle = torch.stack([rows.flatten(), columns.flatten()], 1).to(self.weight) @ taps.mT * (math.pi / half)
         waves = torch.cat([angle.cos(), angle.sin()])
         real, imaginary = (waves @ kernel.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)).chunk(2)
@@ -250,6 +307,10 @@ class ConvDictionary(Dictionary):
     def extra_repr(self) -> str:
         atoms, channels = self.weight.shape[:2]
         return f"{channels}, {atoms}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+def _rows(z: Tensor) -> Tensor:
+    return z.reshape(-1, z.shape[-1])
 
 
 def _apply(real: Tensor, imaginary: Tensor | None, v: Tensor) -> Tensor:

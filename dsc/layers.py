@@ -2,17 +2,23 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise, repeat
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dsc.certificates import fixed_point_residual, relative_duality_gap
 from dsc.dictionaries import Dictionary
-from dsc.prox import Prox, Threshold
-from dsc.solvers import FISTA, ISTA
+from dsc.gradients import ProximalStep
+from dsc.prox import Prox
+from dsc.shrinkage import Threshold
+from dsc.solvers import FISTA, ISTA, Measure
 
 StepSize = float | Literal["lipschitz", "learned"]
+BLOCK_BYTES = 2**21  # of the code, a thread: a few tensors of this size stay in the cache
 
 
 class SparseCoding(nn.Module):
@@ -32,9 +38,16 @@ class SparseCoding(nn.Module):
 
     Shapes: x as the dictionary's signals, the code as its codes.
 
+    Without gradients, on a CPU, a fixed number of steps is taken block after block of the batch, each of which stays
+    in the cache.
+
     Raises:
-        ValueError: a step that is not positive, or an unknown word for it.
+        ValueError: a step that is not positive, an unknown word for it, or a learned one under ``gradient="implicit"``
+            (the fixed point does not move with the step, whose gradient is zero).
+        TypeError: ``gradient="implicit"`` with an activation that is no prox of a convex penalty.
     """
+
+    solves: ClassVar[bool] = True  # more steps lead on to the minimiser
 
     def __init__(
         self,
@@ -52,6 +65,7 @@ class SparseCoding(nn.Module):
         self.dictionary, self.prox = dictionary, prox
         self.solver = solver or ISTA()
         self.step = step
+        self._check(self.solver)
         self.relative_step = nn.Parameter(torch.tensor(0.9).logit()) if step == "learned" else None
         self.bias = nn.Parameter(torch.zeros(dictionary.num_atoms)) if bias else None
         self.code_size = 1.0  # root mean square of the code to expect, where a model keeps track of it
@@ -68,26 +82,64 @@ class SparseCoding(nn.Module):
         self, x: Tensor, solver: ISTA | None = None, record: list[Tensor] | None = None, start: Tensor | None = None
     ) -> Tensor:
         """Code of `x` by `solver` (default: the layer's own), from zero or `start`; iterates go to `record`."""
-        step = self.step_size()
-        size = x.shape[-2:]
+        solver = solver or self.solver
+        self._check(solver)
+        step = self._step_of(solver)
+        driven = self._scale(self.dictionary.analyze(x), step)
+        # From zero the synthesis vanishes: the first step is a plain layer, and the only one may well be.
+        if start is None and solver.steps == 1 and solver.gradient != "implicit":
+            return solver.solve(self.prox(driven, step), _no_second_step, record)
+        move = self.dictionary.gradient_step(step, x, self.bias)
 
-        def proximal_step(z: Tensor) -> Tensor:
-            residual = x - self.dictionary.synthesize(z, size)
-            return self.descend(z, self.dictionary.analyze(residual), step)
+        def solve_part(x: Tensor, driven: Tensor, start: Tensor | None) -> Tensor:
+            proximal_step = ProximalStep(lambda z: move(z, x, driven), lambda z: self.prox(z, step))
+            first = self.prox(driven, step) if start is None else proximal_step(start)
+            return solver.solve(first, proximal_step, record, self._gap_of(x))
 
-        # From zero the synthesis vanishes: the first step is a plain layer.
-        first = self.descend(None, self.dictionary.analyze(x), step) if start is None else proximal_step(start)
-        return (solver or self.solver).solve(first, proximal_step, record)
+        rows = rows_in_cache(driven) if record is None and solver.tol is None else None
+        if rows is None:
+            return solve_part(x, driven, start)
+        starts = repeat(None) if start is None else start.split(rows)
+        return torch.cat([solve_part(*part) for part in zip(x.split(rows), driven.split(rows), starts, strict=False)])
 
     def descend(self, z: Tensor | None, correlations: Tensor, step: Threshold) -> Tensor:
         """``prox(z + s(correlations + b), s)``, where None stands for a code of zero."""
-        if self.bias is not None:
-            correlations = correlations + self.bias.reshape(-1, *[1] * self._dims_behind(correlations))
-        scaled = correlations if isinstance(step, float) and step == 1 else step * correlations
+        scaled = self._scale(correlations, step)
         return self.prox(scaled if z is None else z + scaled, step)
+
+    def _scale(self, correlations: Tensor, step: Threshold) -> Tensor:
+        # s(correlations + b)
+        if self.bias is not None:
+            bias = self.bias.to(correlations.dtype)
+            correlations = correlations + bias.reshape(-1, *[1] * self._dims_behind(correlations))
+        return correlations if isinstance(step, float) and step == 1 else step * correlations
 
     def _dims_behind(self, z: Tensor) -> int:
         return z.ndim - 1 - self.prox.dim % z.ndim
+
+    def _check(self, solver: ISTA) -> None:
+        if solver.gradient != "implicit":
+            return
+        if self.step == "learned":
+            raise ValueError("an implicit gradient does not reach a learned step: take step='lipschitz' or 'unroll'")
+        if not self.prox.is_convex:
+            raise TypeError(
+                f"an implicit gradient needs the prox of a convex penalty, and {type(self.prox).__name__} is none: "
+                "take 'unroll', 'checkpoint' or 'last'"
+            )
+
+    def _step_of(self, solver: ISTA) -> Threshold:
+        step = self.step_size()
+        if isinstance(step, float):
+            return step
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and step.device.type == "cpu":
+            return step.item()  # numbers make for faster thresholding
+        return step.detach() if solver.gradient == "implicit" else step
+
+    def _gap_of(self, x: Tensor) -> Measure | None:
+        if self.bias is not None or not self.prox.is_convex:
+            return None
+        return lambda z: self.relative_gap(x, z)
 
     def step_size(self) -> Threshold:
         """s: a number where it is fixed, else a tensor."""
@@ -106,11 +158,23 @@ class SparseCoding(nn.Module):
         return value
 
     @torch.no_grad()
-    def trace(self, x: Tensor, steps: int = 32, solver: type[ISTA] | None = None) -> list[Tensor]:
+    def relative_gap(self, x: Tensor, z: Tensor) -> Tensor:
+        """Duality gap over the objective of each signal, float64 of shape (batch,): see `dsc.certificates`.
+
+        Raises TypeError with a bias, or unless the penalty is convex.
+        """
+        if self.bias is not None:
+            raise TypeError("a layer with a bias has no duality gap here: its problem may have no minimum")
+        residual = x - self.dictionary.synthesize(z, x.shape[-2:])
+        return relative_duality_gap(self.prox, z, residual, self.dictionary.analyze(residual))
+
+    @torch.no_grad()
+    def trace(self, x: Tensor, steps: int = 32, solver: type[ISTA] | None = None) -> "Trace":
         """Codes after 1, …, `steps` steps with the input frozen, by the layer's own kind of solver or another."""
-        record: list[Tensor] = []
-        self.solve(x, solver(steps=steps) if solver else replace(self.solver, steps=steps), record)
-        return record
+        codes: list[Tensor] = []
+        rule = solver() if solver else self.solver
+        self.solve(x, replace(rule, steps=steps, tol=None, gradient="unroll", damping=0.0), codes)
+        return Trace(self, x, codes)
 
     @torch.no_grad()
     def reference(self, x: Tensor, max_steps: int = 2000, tol: float = 1e-6) -> Tensor:
@@ -122,6 +186,51 @@ class SparseCoding(nn.Module):
             if (z - previous).norm() <= tol * z.norm():
                 break
         return z
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Codes after 1, 2, … steps of a layer on the frozen input `x`, and how near they are to its minimiser.
+
+    Figures have shape (steps, signals). Each is computed when it is first asked for, by the layer as it then is.
+    """
+
+    layer: SparseCoding
+    x: Tensor
+    codes: list[Tensor]
+
+    @cached_property
+    @torch.no_grad()
+    def objective(self) -> Tensor:
+        """``½‖x − Dz‖² − ⟨b, z⟩ + λΩ(z)``. Raises TypeError for an activation without a penalty."""
+        return torch.stack([self.layer.objective(self.x, z) for z in self.codes])
+
+    @cached_property
+    @torch.no_grad()
+    def residual(self) -> Tensor | None:
+        """Fixed-point residual ``‖z − T(z)‖/‖z‖``, T a step of the layer; None where its steps are learned ones."""
+        if not self.layer.solves:
+            return None
+        stepped = (self.layer.solve(self.x, ISTA(), start=z) for z in self.codes)
+        return torch.stack([fixed_point_residual(z, after) for z, after in zip(self.codes, stepped, strict=True)])
+
+    @cached_property
+    def gap(self) -> Tensor | None:
+        """Relative duality gap; None where it is not defined: with a bias, or unless the penalty is convex."""
+        if self.layer.bias is not None or not self.layer.prox.is_convex:
+            return None
+        return torch.stack([self.layer.relative_gap(self.x, z) for z in self.codes])
+
+    @property
+    def support_size(self) -> Tensor:
+        """Number of entries that are not zero."""
+        return torch.stack([(z != 0).flatten(1).sum(1) for z in self.codes])
+
+    @property
+    def support_change(self) -> Tensor:
+        """Number of entries that the step made zero or not zero; the first step starts from zero."""
+        supports = [torch.zeros_like(self.codes[0], dtype=torch.bool), *(z != 0 for z in self.codes)]
+        return torch.stack([(a ^ b).flatten(1).sum(1) for a, b in pairwise(supports)])
 
 
 class DeepSparseCoding(nn.Module):
@@ -136,12 +245,17 @@ class DeepSparseCoding(nn.Module):
         layers: from the image to the deepest code. In the joint mode they take over `solver`.
         solver: of the joint mode; its number of steps counts the first pass, so T unfoldings are T + 1 steps.
         joint: which mode.
+
+    Raises:
+        ValueError: no layer, or an implicit gradient in the joint mode.
     """
 
     def __init__(self, layers: Sequence[SparseCoding], solver: ISTA | None = None, joint: bool = False) -> None:
         super().__init__()
         if not layers:
             raise ValueError("DeepSparseCoding needs at least one layer")
+        if joint and solver is not None and solver.gradient == "implicit":
+            raise ValueError("the joint mode has no implicit gradient: take 'unroll', 'checkpoint' or 'last'")
         self.layers = nn.ModuleList(layers)
         self.solver = solver or ISTA()
         self.joint = joint
@@ -174,7 +288,7 @@ class DeepSparseCoding(nn.Module):
             return codes[-1]
 
         (solver or self.solver).solve(codes[-1], joint_step, record)
-        return codes
+        return list(codes)  # a checkpointed step comes here once more
 
     def _first(self, x: Tensor, steps: list[Threshold]) -> tuple[list[Tensor], list[torch.Size]]:
         below, codes, sizes = x, [], []
@@ -193,3 +307,15 @@ class DeepSparseCoding(nn.Module):
             below = layer.descend(z, layer.dictionary.analyze(below - signal), step)
             codes.append(below)
         return codes
+
+
+def rows_in_cache(codes: Tensor) -> int | None:
+    """How many signals to solve at a time so that their codes stay in the cache; None for all of them."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or codes.device.type != "cpu":
+        return None
+    bytes_at_once = BLOCK_BYTES * torch.get_num_threads()
+    return None if codes.nbytes <= bytes_at_once else max(1, bytes_at_once * len(codes) // codes.nbytes)
+
+
+def _no_second_step(z: Tensor) -> Tensor:
+    raise RuntimeError("a solver of one step asked for a second")

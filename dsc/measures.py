@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsc.prox import grouped
+from dsc.shrinkage import grouped
 
 
 def active_fraction(z: Tensor) -> Tensor:
@@ -59,6 +59,17 @@ def relative_error(z: Tensor, reference: Tensor) -> Tensor:
     if scale == 0:
         raise ValueError("the reference code is zero: a relative error has no meaning")
     return (z - reference).norm() / scale
+
+
+def nmse(z: Tensor, truth: Tensor) -> Tensor:
+    """Normalised mean squared error in dB, ``10 log₁₀(E‖z − z*‖²/E‖z*‖²)`` over the batch; −∞ for equal codes.
+
+    A truth of zero has none: raises ValueError.
+    """
+    energy = truth.square().sum()
+    if energy == 0:
+        raise ValueError("the true code is zero: an error relative to it has no meaning")
+    return 10 * ((z - truth).square().sum() / energy).log10()
 
 
 def fitted_rate(errors: Tensor, floor: float = 1e-6) -> Tensor | None:

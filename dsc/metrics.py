@@ -120,9 +120,9 @@ class SparsityMetrics(nn.Module):
 
 
 def solving_layers(model: nn.Module) -> dict[str, SparseCoding]:
-    """Layers whose steps solve a problem: a prox for activation, and no bias, which a plain layer has."""
+    """Layers whose steps lead to a minimiser: those of a convex penalty, without the bias of a plain layer."""
     coders = {name: layer.coder for name, layer in sparse_layers(model).items()}
-    return {n: c for n, c in coders.items() if c is not None and c.prox.is_prox and c.bias is None}
+    return {n: c for n, c in coders.items() if c is not None and c.solves and c.prox.is_convex and c.bias is None}
 
 
 Curves = dict[str, dict[str, Tensor]]
@@ -167,7 +167,7 @@ def convergence_errors(
     Raises ValueError where the converged code is zero.
     """
     reference = coder.reference(x) if reference is None else reference
-    return torch.stack([measures.relative_error(z, reference) for z in coder.trace(x, steps, solver)])
+    return torch.stack([measures.relative_error(z, reference) for z in coder.trace(x, steps, solver).codes])
 
 
 def convergence(model: nn.Module, x: Tensor, reference_steps: int = 200) -> dict[str, float]:

@@ -1,86 +1,19 @@
-"""Proximal operators: the activations of sparse coding, and the registry that names them.
+"""Proximal operators as modules: the thresholding of `dsc.shrinkage` with the penalty it is the prox of.
 
-A prox with threshold ``t = λ·step`` solves ``argmin_u ½‖u − z‖² + step·penalty(u)``:
-
-=================== ============================================ ==============================================
-name                formula                                      prox of
-=================== ============================================ ==============================================
-`relu`              ``max(z − t, 0)``                            ``λ Σ u`` over ``u ≥ 0`` (non-negative ℓ1)
-`soft`              ``sign(z) max(|z| − t, 0)``                  ``λ ‖u‖₁``
-`group_relu`        ``max(1 − t/‖z_g‖, 0) z_g``                  ``λ Σ_g ‖u_g‖₂`` (group lasso, signed)
-`group_relu_nonneg` ``max(1 − t/‖z_g⁺‖, 0) z_g⁺, z⁺ = max(z,0)`` ``λ Σ_g ‖u_g‖₂`` over ``u ≥ 0``
-=================== ============================================ ==============================================
-
-Sources: Daubechies et al. 2004 (`soft`); Yuan and Lin 2006 (group lasso); *On the convergence of group-sparse
-autoencoders*, arXiv 2102.07003 (`group_relu`, there the group-sparse ReLU).
-Groups are equal, consecutive channels along `dim`. Torch's activations (`gelu`, `silu`, …) share the registry;
-they are no prox, have no penalty and say so.
+The convex ones (here; the others are in `dsc.nonconvex`) have what certifies a solution, too: the `conjugate` of their
+penalty and the `gauge` of its domain. With c = Dᵀθ, θ is a feasible dual point where ``gauge(c) ≤ 1``, and
+``penalty(u) + conjugate(c) ≥ ⟨u, c⟩`` (Fenchel–Young) is an equality exactly where c is a subgradient at u.
 """
 
-import copy
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsc._names import unknown
-
-Threshold = float | Tensor
-
-
-def relu(z: Tensor, threshold: Threshold) -> Tensor:
-    """One-sided shrinkage ``max(z − t, 0)``; `threshold` is a number or broadcasts with `z`."""
-    return F.relu(z - threshold)
-
-
-def soft(z: Tensor, threshold: Threshold) -> Tensor:
-    """Two-sided shrinkage ``sign(z) max(|z| − t, 0)``; `threshold` is a number or broadcasts with `z`."""
-    if isinstance(threshold, Tensor):
-        return z - torch.clamp(z, -threshold, threshold)
-    return F.softshrink(z, threshold)
-
-
-def group_relu(z: Tensor, threshold: Threshold, group_size: int, dim: int = 1) -> Tensor:
-    """Group shrinkage ``max(1 − t/‖z_g‖, 0) z_g`` over groups of `group_size` consecutive entries of `dim`.
-
-    A `threshold` tensor broadcasts with the groups' norms, whose `dim` is (groups, 1).
-    """
-    groups = grouped(z, group_size, dim)
-    return (groups * _shrinkage(groups, threshold, dim % z.ndim + 1)).flatten(dim % z.ndim, dim % z.ndim + 1)
-
-
-def group_relu_nonneg(z: Tensor, threshold: Threshold, group_size: int, dim: int = 1) -> Tensor:
-    """Non-negative group shrinkage: `group_relu` of the positive part, the prox of the norm on ``u ≥ 0``."""
-    return group_relu(F.relu(z), threshold, group_size, dim)
-
-
-def grouped(z: Tensor, group_size: int, dim: int = 1) -> Tensor:
-    """View of `z` with `dim` split into (groups, group_size). Raises ValueError if the size does not divide."""
-    channels = z.shape[dim]
-    if channels % group_size:
-        raise ValueError(
-            f"group_size={group_size} does not divide the {channels} channels of dimension {dim}; "
-            f"nearest sizes that do: {_nearest_divisors(channels, group_size)}"
-        )
-    return z.unflatten(dim, (channels // group_size, group_size))
-
-
-def _nearest_divisors(channels: int, wanted: int) -> str:
-    divisors = [d for d in range(1, channels + 1) if channels % d == 0]
-    below = [str(d) for d in divisors if d < wanted][-1:]
-    above = [str(d) for d in divisors if d > wanted][:1]
-    return " or ".join(below + above)
-
-
-def _shrinkage(groups: Tensor, threshold: Threshold, dim: int) -> Tensor:
-    # The norm is kept in at least float32 and away from zero, so that a zero group has gradient 0, not NaN.
-    dtype = torch.promote_types(groups.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(groups, dim=dim, keepdim=True, dtype=dtype)
-    norm = norm.clamp_min(torch.finfo(dtype).tiny ** 0.25)
-    return F.relu(1 - threshold / norm).to(groups.dtype)
+from dsc import shrinkage
+from dsc.shrinkage import Threshold, group_norm, grouped, nearest_divisors
 
 
 class Prox(nn.Module):
@@ -96,8 +29,11 @@ class Prox(nn.Module):
     """
 
     is_prox: ClassVar[bool] = True
+    is_convex: ClassVar[bool] = False
     is_grouped: ClassVar[bool] = False
+    has_threshold: ClassVar[bool] = True
     default_threshold: ClassVar[float] = 0.1
+    nonneg: bool = False
 
     def __init__(self, threshold: float | Sequence[float] | None = None, learn: bool = False, dim: int = 1) -> None:
         super().__init__()
@@ -106,6 +42,8 @@ class Prox(nn.Module):
         value = torch.as_tensor(given, dtype=torch.float32)
         if (value < 0).any() or not value.isfinite().all():
             raise ValueError(f"threshold must be finite and at least 0, got {threshold}")
+        if value.ndim > 1:
+            raise ValueError(f"threshold must be a number or a list of them, got shape {tuple(value.shape)}")
         if learn:
             if (value == 0).any():
                 raise ValueError("a learnable threshold starts above 0 (it is a softplus): give threshold > 0")
@@ -113,7 +51,7 @@ class Prox(nn.Module):
         elif isinstance(given, int | float):
             self.fixed_threshold = float(given)
         else:
-            self.register_buffer("fixed_threshold", value)
+            self.register_buffer("fixed_threshold", value.clone())
 
     @property
     def threshold(self) -> Threshold:
@@ -130,21 +68,76 @@ class Prox(nn.Module):
         return self.shrink(z, threshold * step)
 
     def penalty(self, z: Tensor) -> Tensor:
-        """λΩ(z) of each signal: summed over all dimensions but the first, shape (batch,)."""
-        threshold = self._broadcast(z)
-        return (threshold * self.norm(z)).flatten(1).sum(1)
+        """λΩ(z) of each signal: summed over all dimensions but the first, shape (batch,).
+
+        Raises TypeError for an activation that is no prox.
+        """
+        threshold, norm = self._broadcast(z), self.norm(z)
+        dtype = torch.promote_types(norm.dtype, torch.float32)
+        if isinstance(threshold, Tensor):
+            value = (threshold * norm).flatten(1).sum(1, dtype=dtype)
+        else:
+            value = threshold * norm.flatten(1).sum(1, dtype=dtype)
+        return value.masked_fill(self.infeasible(z), torch.inf) if self.nonneg else value
+
+    def gauge(self, c: Tensor) -> Tensor:
+        """Smallest ν ≥ 0 with ``conjugate(c/ν)`` finite, of each signal: shape (batch,).
+
+        This is ``max Ω°(c)/λ`` over entries or groups (`polar`): infinite where λ is 0 and Ω°(c) is not.
+        Raises TypeError unless the penalty is convex.
+        """
+        polar, threshold = self.polar(c), self._broadcast(c)
+        if isinstance(threshold, float) and threshold > 0:
+            return polar.flatten(1).amax(1) / threshold
+        return torch.where(polar == 0, 0, polar / threshold).flatten(1).amax(1)
+
+    def conjugate(self, c: Tensor) -> Tensor:
+        """``sup_u ⟨c, u⟩ − penalty(u)`` of each signal whose `gauge` is at most 1, shape (batch,).
+
+        It is 0 there for a penalty that grows linearly. Raises TypeError unless the penalty is convex.
+        """
+        if not self.is_convex:
+            raise self._no_conjugate()
+        return c.new_zeros(len(c))
 
     def group_size_of(self, channels: int) -> int:
         """Channels a group, among `channels` of them: 1 for a prox without groups."""
         return 1
 
+    def zeroing_threshold(self, size: float, channels: int) -> float:
+        """Least λ that makes a code of `channels` entries, all of them `size`, 0 in a step of 1.
+
+        Raises TypeError for an activation without a threshold.
+        """
+        if not self.has_threshold:
+            raise TypeError(f"{self._title()} has no threshold")
+        return size * self.group_size_of(channels) ** 0.5
+
     def shrink(self, z: Tensor, threshold: Threshold) -> Tensor:
         """The thresholding function, `threshold` = λ·step."""
-        raise TypeError(f"{type(self).__name__} defines no thresholding")
+        raise TypeError(f"{self._title()} defines no thresholding")
 
     def norm(self, z: Tensor) -> Tensor:
-        """Ω by entry (or by group, where its dim is (groups, 1)); infinite outside its domain."""
-        raise TypeError(f"{type(self).__name__} is no prox: it has no penalty")
+        """Ω by entry (or by group, where its dim is (groups, 1)), wherever z is feasible."""
+        raise TypeError(f"{self._title()} is no prox: it has no penalty")
+
+    def infeasible(self, z: Tensor) -> Tensor:
+        """Which signals have an infinite penalty: bool (batch,), or () where none can have."""
+        return (z < 0).flatten(1).any(1) if self.nonneg else z.new_zeros((), dtype=torch.bool)
+
+    def polar(self, c: Tensor) -> Tensor:
+        """Ω°(c), the smallest ν ≥ 0 with c/ν in the domain of Ω's conjugate, by entry (or by group, as `norm`).
+
+        Where Ω is a norm this is its dual norm. Raises TypeError unless the penalty is convex.
+        """
+        raise self._no_conjugate()
+
+    def _no_conjugate(self) -> TypeError:
+        why = "not convex" if self.is_prox else "no prox"
+        return TypeError(f"{self._title()} is {why}: it has no conjugate")
+
+    def _title(self) -> str:
+        return type(self).__name__
 
     def _broadcast(self, z: Tensor) -> Threshold:
         # λ per channel lies along `dim`; the norms of a group prox have one more dimension behind it.
@@ -161,38 +154,90 @@ class Prox(nn.Module):
 
     def extra_repr(self) -> str:
         shown = "learned" if self.learn else self.threshold
-        return f"threshold={shown}, dim={self.dim}"
+        return f"threshold={shown}, dim={self.dim}" if self.has_threshold else f"dim={self.dim}"
 
 
 class ReLU(Prox):
     """Non-negative ℓ1: `relu`. With λ = 0, its default, this is `torch.nn.ReLU`."""
 
+    is_convex = True
+    nonneg = True
     default_threshold = 0.0
 
     def shrink(self, z: Tensor, threshold: Threshold) -> Tensor:
-        return F.relu(z) if isinstance(threshold, float) and threshold == 0 else relu(z, threshold)
+        return F.relu(z) if isinstance(threshold, float) and threshold == 0 else shrinkage.relu(z, threshold)
 
     def norm(self, z: Tensor) -> Tensor:
-        return torch.where(z < 0, torch.inf, z)
+        return z
 
-    def penalty(self, z: Tensor) -> Tensor:
-        # 0·inf is NaN: with λ = 0 the indicator of u ≥ 0 stays.
-        infeasible = (z < 0).flatten(1).any(1)
-        return super().penalty(z.clamp_min(0)).masked_fill(infeasible, torch.inf)
+    def polar(self, c: Tensor) -> Tensor:
+        return F.relu(c)
 
 
 class Soft(Prox):
     """ℓ1: `soft`."""
 
+    is_convex = True
+
     def shrink(self, z: Tensor, threshold: Threshold) -> Tensor:
-        return soft(z, threshold)
+        return shrinkage.soft(z, threshold)
 
     def norm(self, z: Tensor) -> Tensor:
         return z.abs()
 
+    def polar(self, c: Tensor) -> Tensor:
+        return c.abs()
 
-class GroupReLU(Prox):
-    """Group lasso, signed: `group_relu` (the group-sparse ReLU of arXiv 2102.07003).
+
+class Elastic(Prox):
+    """Elastic net, ``λ (r‖u‖₁ + (1 − r)/2 ‖u‖₂²)``: `elastic`.
+
+    Its conjugate ``Σ soft(c, λr)² / (2λ(1 − r))`` is finite everywhere, unless r = 1.
+
+    Args:
+        l1_ratio: r in [0, 1], as in scikit-learn: 1 is `soft`, 0 scales.
+    """
+
+    is_convex = True
+
+    def __init__(
+        self,
+        threshold: float | Sequence[float] | None = None,
+        learn: bool = False,
+        dim: int = 1,
+        l1_ratio: float = 0.5,
+    ) -> None:
+        super().__init__(threshold, learn, dim)
+        self.l1_ratio = _ratio(l1_ratio)
+
+    def shrink(self, z: Tensor, threshold: Threshold) -> Tensor:
+        return shrinkage.elastic(z, threshold, self.l1_ratio)
+
+    def norm(self, z: Tensor) -> Tensor:
+        return self.l1_ratio * z.abs() + (1 - self.l1_ratio) / 2 * z.square()
+
+    def polar(self, c: Tensor) -> Tensor:
+        return c.abs() * (self.l1_ratio == 1 or self._broadcast(c) == 0)  # no curvature, no bound on the conjugate
+
+    def conjugate(self, c: Tensor) -> Tensor:
+        if self.l1_ratio == 1:
+            return super().conjugate(c)
+        threshold = self._broadcast(c)
+        beyond = shrinkage.soft(c, self.l1_ratio * threshold)
+        value = beyond.square() / (2 * (1 - self.l1_ratio) * threshold)
+        return torch.where(beyond == 0, 0, value).flatten(1).sum(1)
+
+    def zeroing_threshold(self, size: float, channels: int) -> float:
+        if self.l1_ratio == 0:
+            raise ValueError("elastic with l1_ratio=0 only scales and makes no entry 0: give l1_ratio > 0")
+        return size / self.l1_ratio
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, l1_ratio={self.l1_ratio}"
+
+
+class Grouped(Prox):
+    """A prox of groups: equal, consecutive channels along `dim`.
 
     Args:
         group_size: channels a group (default 8), or
@@ -212,11 +257,8 @@ class GroupReLU(Prox):
         super().__init__(threshold, learn, dim)
         if group_size is not None and groups is not None:
             raise ValueError(f"give group_size or groups, not both (got {group_size} and {groups})")
-        for name, value in (("group_size", group_size), ("groups", groups)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.groups = groups
-        self.group_size = 8 if group_size is None else group_size
+        self.groups = None if groups is None else count_of("groups", groups)
+        self.group_size = 8 if group_size is None else count_of("group_size", group_size)
 
     def group_size_of(self, channels: int) -> int:
         if self.groups is None:
@@ -224,111 +266,117 @@ class GroupReLU(Prox):
         if channels % self.groups:
             raise ValueError(
                 f"groups={self.groups} does not divide the {channels} channels; "
-                f"nearest numbers that do: {_nearest_divisors(channels, self.groups)}"
+                f"nearest numbers that do: {nearest_divisors(channels, self.groups)}"
             )
         return channels // self.groups
 
-    def shrink(self, z: Tensor, threshold: Threshold) -> Tensor:
-        return group_relu(z, threshold, self.group_size_of(z.shape[self.dim]), self.dim)
-
-    def norm(self, z: Tensor) -> Tensor:
-        groups = grouped(z, self.group_size_of(z.shape[self.dim]), self.dim)
-        return torch.linalg.vector_norm(groups, dim=self.dim % z.ndim + 1, keepdim=True)
+    def grouped(self, z: Tensor) -> tuple[Tensor, int]:
+        """View of `z` with `dim` split into (groups, group_size), and the dimension of the latter."""
+        return grouped(z, self.group_size_of(z.shape[self.dim]), self.dim), self.dim % z.ndim + 1
 
     def extra_repr(self) -> str:
         size = f"group_size={self.group_size}" if self.groups is None else f"groups={self.groups}"
         return f"{super().extra_repr()}, {size}"
 
 
+class GroupReLU(Grouped):
+    """Group lasso, signed: `group_relu` (the group-sparse ReLU of arXiv 2102.07003)."""
+
+    is_convex = True
+
+    def shrink(self, z: Tensor, threshold: Threshold) -> Tensor:
+        return shrinkage.group_relu(z, threshold, self.group_size_of(z.shape[self.dim]), self.dim)
+
+    def norm(self, z: Tensor) -> Tensor:
+        return group_norm(*self.grouped(z))
+
+    def polar(self, c: Tensor) -> Tensor:
+        return GroupReLU.norm(self, c)
+
+
 class GroupReLUNonneg(GroupReLU):
     """Non-negative group lasso: `group_relu_nonneg`."""
+
+    nonneg = True
 
     def shrink(self, z: Tensor, threshold: Threshold) -> Tensor:
         return super().shrink(F.relu(z), threshold)
 
-    def penalty(self, z: Tensor) -> Tensor:
-        return super().penalty(z).masked_fill((z < 0).flatten(1).any(1), torch.inf)
+    def polar(self, c: Tensor) -> Tensor:
+        return super().polar(F.relu(c))
 
 
-class Elementwise(Prox):
-    """One of torch's activations (or any callable) in the place of a prox: no threshold, no penalty, no prox."""
+class SparseGroup(Grouped):
+    """Sparse group lasso, ``λ Σ_g r‖u_g‖₁ + (1 − r)‖u_g‖₂``: `sparse_group`.
 
-    is_prox = False
+    Args:
+        l1_ratio: r in [0, 1]: 1 is `soft`, 0 is `group_relu`.
+    """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], dim: int = 1) -> None:
-        super().__init__(0.0, dim=dim)
-        self.function = function
+    is_convex = True
 
-    def forward(self, z: Tensor, step: Threshold = 1.0) -> Tensor:
-        return self.function(z)
+    def __init__(
+        self,
+        threshold: float | Sequence[float] | None = None,
+        learn: bool = False,
+        dim: int = 1,
+        group_size: int | None = None,
+        groups: int | None = None,
+        l1_ratio: float = 0.5,
+    ) -> None:
+        super().__init__(threshold, learn, dim, group_size, groups)
+        self.l1_ratio = _ratio(l1_ratio)
 
-    def penalty(self, z: Tensor) -> Tensor:
-        raise TypeError(f"{self.function} is no prox: it has no penalty")
+    def shrink(self, z: Tensor, threshold: Threshold) -> Tensor:
+        return shrinkage.sparse_group(z, threshold, self.group_size_of(z.shape[self.dim]), self.l1_ratio, self.dim)
+
+    def norm(self, z: Tensor) -> Tensor:
+        groups, inner = self.grouped(z)
+        absolute = groups.abs().sum(inner, keepdim=True, dtype=torch.promote_types(groups.dtype, torch.float32))
+        return self.l1_ratio * absolute + (1 - self.l1_ratio) * group_norm(groups, inner)
+
+    def polar(self, c: Tensor) -> Tensor:
+        groups, inner = self.grouped(c)
+        return _sparse_group_polar(groups.movedim(inner, -1), self.l1_ratio).movedim(-1, inner)
+
+    def zeroing_threshold(self, size: float, channels: int) -> float:
+        root = self.group_size_of(channels) ** 0.5
+        return size * root / (self.l1_ratio * root + 1 - self.l1_ratio)
 
     def extra_repr(self) -> str:
-        return ""
+        return f"{super().extra_repr()}, l1_ratio={self.l1_ratio}"
 
 
-PROX: dict[str, type[Prox]] = {
-    "relu": ReLU,
-    "soft": Soft,
-    "group_relu": GroupReLU,
-    "group_relu_nonneg": GroupReLUNonneg,
-}
-TORCH: dict[str, type[nn.Module]] = {
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "tanh": nn.Tanh,
-}
+def _sparse_group_polar(groups: Tensor, r: float) -> Tensor:
+    """The root ν of ``‖soft(c, rν)‖₂ = (1 − r)ν`` for the groups c along the last dimension, which it keeps.
 
-Activation = str | type[nn.Module] | Callable[[Tensor], Tensor]
-
-
-def list_activations() -> list[str]:
-    """Names that `create_activation` knows."""
-    return sorted(PROX | TORCH)
-
-
-def create_activation(activation: Activation, dim: int = 1, **kwargs: Any) -> Prox:
-    """Activation module by name: `create_activation("group_relu", group_size=8, threshold=0.1)`.
-
-    A torch class or a callable passes through, wrapped so that it can be called like a prox. Arguments that are
-    None are left to the activation's own default.
-
-    Raises:
-        ValueError: an unknown name (the near ones are listed), or an argument the activation does not take.
+    In closed form by sorting: with the k entries above rν known, a quadratic (the ε-norm of Burdakov 1988; Ndiaye et
+    al. 2016, arXiv 1602.06225). Sums of squares are taken about the mean, so that nothing cancels as r nears 1.
     """
-    given = {key: value for key, value in kwargs.items() if value is not None}
-    if isinstance(activation, Prox):
-        if given:
-            raise ValueError(
-                f"{', '.join(sorted(given))} given beside an activation that is made already: {activation}"
-            )
-        return activation
-    if isinstance(activation, str) and activation not in PROX | TORCH:
-        raise ValueError(unknown("activation", activation, list_activations()))
-    kind = (PROX | TORCH)[activation] if isinstance(activation, str) else activation
-    if isinstance(kind, type) and issubclass(kind, Prox):
-        _check_arguments(activation, given, kind)
-        return kind(dim=dim, **given)
-    _check_arguments(activation, given, None)
-    return Elementwise(kind() if isinstance(kind, type) else kind, dim)
+    size = groups.abs().to(torch.promote_types(groups.dtype, torch.float32)).sort(descending=True).values
+    largest = size[..., :1]
+    size = size / torch.where(largest == 0, 1, largest)
+    count = torch.ones_like(size).cumsum(-1)
+    mean = size.cumsum(-1) / count
+    spread = ((size - mean).square() * count / (count - 1).clamp_min(1)).cumsum(-1)
+    above = r**2 * (spread + count * (mean - size).square()) < (1 - r) ** 2 * size.square()
+    last = above.sum(-1, keepdim=True).sub(1).clamp_min(0)
+    k, mean, spread = (first.gather(-1, last) for first in (count, mean, spread))
+    energy = spread + k * mean.square()
+    root = ((1 - r) ** 2 * energy - r**2 * k * spread).clamp_min(0).sqrt()
+    return largest * energy / (r * k * mean + root).clamp_min(torch.finfo(size.dtype).tiny)
 
 
-def _check_arguments(activation: Activation, given: dict[str, Any], kind: type[Prox] | None) -> None:
-    takes = set(inspect.signature(kind).parameters) if kind else set()
-    for key in sorted(given.keys() - takes):
-        who = [name for name, prox in PROX.items() if key in inspect.signature(prox).parameters]
-        raise ValueError(f"activation {activation!r} takes no {key} (taken by: {', '.join(who) or 'none'})")
+def _ratio(l1_ratio: float) -> float:
+    if not 0 <= l1_ratio <= 1:
+        raise ValueError(f"l1_ratio must lie between 0 (no ℓ1) and 1 (ℓ1 alone), got {l1_ratio}")
+    return l1_ratio
 
 
-def activation_factory(activation: Activation, **kwargs: Any) -> Callable[..., Prox]:
-    """Callable for timm's `act_layer=`: makes the activation anew on each call and ignores `inplace`."""
-
-    def make(inplace: bool = False) -> Prox:
-        return copy.deepcopy(create_activation(activation, **kwargs))  # deep: a ready module is not to be shared
-
-    return make
+def count_of(name: str, value: int) -> int:
+    """`value`, if it counts something: a whole number of at least 1. Raises ValueError naming it otherwise."""
+    if not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dsc"
 ROWS = [
     ["__init__"],
     ["cli"],
+    ["reproduce"],
     ["report"],
     ["runs"],
     ["tasks"],
@@ -20,10 +21,14 @@ ROWS = [
     ["metrics", "regularizers"],
     ["observe"],
     ["blocks"],
+    ["dictionary_learning"],
+    ["encode", "learned", "synthetic"],
     ["layers"],
-    ["dictionaries", "solvers"],
-    ["measures"],
+    ["dictionaries", "solvers", "active_set"],
+    ["measures", "activations", "certificates", "gradients"],
+    ["nonconvex", "penalties"],
     ["prox"],
+    ["shrinkage"],
     ["_names"],
 ]
 RANK = {module: row for row, modules in enumerate(ROWS) for module in modules}

@@ -5,10 +5,11 @@ import torch
 from oracles import GROUPED, operator_norm, unfold
 from torch import nn
 
+from dsc.activations import create_activation
 from dsc.dictionaries import ConvDictionary, DenseDictionary
 from dsc.layers import DeepSparseCoding, SparseCoding
 from dsc.measures import relative_error
-from dsc.prox import create_activation, group_relu
+from dsc.shrinkage import group_relu
 from dsc.solvers import FISTA, ISTA
 
 NAMES = ["relu", "soft", "group_relu", "group_relu_nonneg"]

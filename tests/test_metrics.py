@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from dsc import models, report
+from dsc.activations import create_activation
 from dsc.dictionaries import DenseDictionary
 from dsc.layers import SparseCoding
 from dsc.metrics import SparsityMetrics, convergence, convergence_curves, curve_figures
 from dsc.observe import Observer, sparse_layers
-from dsc.prox import create_activation
 from dsc.solvers import FISTA, ISTA
 
 

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from dsc import hub, models
+from dsc.activations import list_activations
 from dsc.layers import SparseCoding
 from dsc.observe import sparse_layers
-from dsc.prox import Prox, list_activations
+from dsc.prox import Prox
 
 MODELS = models.list_models()
 BACKBONES = {

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from dsc import models
+from dsc.activations import create_activation
 from dsc.dictionaries import DenseDictionary
 from dsc.layers import SparseCoding
 from dsc.observe import Observer, coder_inputs, sparse_layers
-from dsc.prox import create_activation
 
 CNN = {"channels": (8, 8, 16), "kernel_sizes": (3, 3, 3), "strides": (2, 1, 1)}
 CASES = {

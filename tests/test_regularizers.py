@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from dsc.activations import create_activation
 from dsc.observe import Observer
-from dsc.prox import create_activation
 from dsc.regularizers import L1, GroupL21, Hoyer, Regularizer
 
 CODE = torch.tensor([[3.0, -4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0]])

@@ -4,10 +4,10 @@ from oracles import GROUPED, kkt_residual, unfold
 from sklearn.decomposition import sparse_encode
 from sklearn.linear_model import Lasso
 
+from dsc.activations import create_activation
 from dsc.dictionaries import ConvDictionary, DenseDictionary
 from dsc.layers import SparseCoding
 from dsc.measures import relative_error
-from dsc.prox import create_activation
 from dsc.solvers import FISTA, ISTA, SOLVERS, create_solver
 
 NAMES = ["relu", "soft", "group_relu", "group_relu_nonneg"]
@@ -98,7 +98,7 @@ def test_reference_objective_equals_scikit_learn(seed, positive):
 def test_ista_never_raises_the_objective(name, make, shape):
     layer, x = make(name, bias=True), signals(*shape)
     set_bias(layer)
-    values = torch.stack([layer.objective(x, z) for z in layer.trace(x, 60, ISTA)])
+    values = torch.stack([layer.objective(x, z) for z in layer.trace(x, 60, ISTA).codes])
     assert (values.diff(dim=0) <= 1e-12).all()
     assert (values[-1] < values[0] - 1e-3).all()
 
@@ -107,7 +107,7 @@ def test_ista_never_raises_the_objective(name, make, shape):
 def test_fista_is_nearer_than_ista_after_32_steps(make, shape):
     layer, x = make("soft"), signals(*shape)
     reference = solved(layer, x)
-    ista, fista = (relative_error(layer.trace(x, 32, solver)[-1], reference) for solver in (ISTA, FISTA))
+    ista, fista = (relative_error(layer.trace(x, 32, solver).codes[-1], reference) for solver in (ISTA, FISTA))
     assert fista < ista
 
 
@@ -116,7 +116,7 @@ def test_fista_keeps_its_rate(name):
     layer, x = dense(name), signals(5, 10)
     best = solved(layer, x)
     optimum, curvature = layer.objective(x, best), 1 / layer.step_size()
-    for k, z in enumerate(layer.trace(x, 100, FISTA), 1):
+    for k, z in enumerate(layer.trace(x, 100, FISTA).codes, 1):
         gap = layer.objective(x, z) - optimum
         assert (gap <= 2 * curvature * best.square().sum(1) / (k + 1) ** 2 + 1e-12).all()
 
@@ -127,7 +127,7 @@ def test_iterates_are_those_of_the_textbook(solver):
     matrix, s = layer.dictionary.weight.detach().T, layer.step_size()
     y = old = torch.zeros(3, 20).double()
     t = 1.0
-    for z in layer.trace(x, 10, solver):
+    for z in layer.trace(x, 10, solver).codes:
         point = y + s * (x - y @ matrix.T) @ matrix
         new = point.sign() * (point.abs() - s * 0.25).clamp_min(0)
         following = (1 + (1 + 4 * t**2) ** 0.5) / 2 if solver is FISTA else 1.0
@@ -168,10 +168,10 @@ def test_a_solve_continues_from_its_start():
 @pytest.mark.parametrize("solver", [ISTA(7), FISTA(7), FISTA(40, restart=True)])
 def test_trace_has_every_step_and_ends_in_the_forward_code(solver):
     layer, x = dense("soft", solver=solver), signals(3, 10)
-    trace = layer.trace(x, solver.steps)
+    trace = layer.trace(x, solver.steps).codes
     assert len(trace) == solver.steps
     torch.testing.assert_close(trace[-1], layer(x), rtol=0, atol=0)
-    for earlier, later in zip(trace, layer.trace(x, solver.steps + 3), strict=False):
+    for earlier, later in zip(trace, layer.trace(x, solver.steps + 3).codes, strict=False):
         torch.testing.assert_close(earlier, later, rtol=0, atol=0)
 
 

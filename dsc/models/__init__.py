@@ -10,10 +10,10 @@ from torch import nn
 
 from dsc import hub
 from dsc._names import unknown
+from dsc.activations import Activation
 from dsc.models import autoencoder, cnn, transformer
-from dsc.models._build import Act, check_against
+from dsc.models._build import Act, check_against, take_options
 from dsc.models.backbones import create_backbone, swap_activations
-from dsc.prox import Activation
 
 __all__ = ["create_model", "list_models", "load", "swap_activations"]
 
@@ -41,7 +41,7 @@ def create_model(
         pretrained: load a published checkpoint (its hash is verified), or timm's own weights for its backbones.
         activation: see `dsc.list_activations()`; None keeps the model's own.
         group_size, groups, threshold, learn_threshold: the activation's arguments.
-        **kwargs: the model's own, as `num_classes` and `in_chans`.
+        **kwargs: the model's own, as `num_classes` and `in_chans`, and those of a single activation, as `k` of top_k.
 
     Raises:
         ValueError: an unknown name (with the nearest), or arguments that contradict a checkpoint.
@@ -60,7 +60,8 @@ def create_model(
         if given:
             raise ValueError(f"{', '.join(given)} given without an activation to swap into {name}")
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    act = Act(activation, group_size, groups, threshold, learn_threshold)
+    kwargs = take_options({"activation": activation} | kwargs)
+    act = Act(kwargs.pop("activation"), group_size, groups, threshold, learn_threshold)
     return create_backbone(name, act, pretrained, **kwargs)
 
 

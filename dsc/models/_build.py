@@ -8,15 +8,18 @@ from timm.models import DefaultCfg, build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
 from dsc import hub
+from dsc.activations import Activation, configure, create_activation
 from dsc.dictionaries import Dictionary
 from dsc.layers import SparseCoding
-from dsc.prox import Activation, Prox, create_activation
+from dsc.prox import Prox
 from dsc.solvers import ISTA
 
 M = TypeVar("M", bound=nn.Module)
 # Where an unrolled layer's λ starts, as a fraction of an entry's (or group norm's) expected size. Shrinkage is the
 # only non-linearity of a signed group prox, so there it must bite from the start.
 RELATIVE_THRESHOLD = {False: 0.1, True: 0.5}
+# What single activations take beside the arguments that every model names.
+OPTIONS = ("k", "nonneg", "l1_ratio", "bandwidth")
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,20 @@ class Act:
         )
 
     def make_relative(self, dim: int, channels: int, size: float) -> Prox:
-        """The module for codes whose entries are about `size`: λ is that fraction of an entry (or group norm).
+        """The module for codes whose entries are about `size`: λ zeroes entries (or groups) of that fraction of it.
 
         A learned λ has one value a channel or group.
         """
         shape = dict(group_size=self.group_size, groups=self.groups)
         prox = create_activation(self.name, dim, threshold=self.threshold, **shape)
-        if not prox.is_prox:
+        if not prox.has_threshold:
             return prox
-        members = prox.group_size_of(channels)
         fraction = RELATIVE_THRESHOLD[prox.is_grouped] if self.threshold is None else self.threshold
-        value = fraction * size * members**0.5
+        value = prox.zeroing_threshold(fraction * size, channels)
         if not self.learn_threshold:
             return create_activation(self.name, dim, threshold=value, **shape)
-        return create_activation(self.name, dim, threshold=[value] * (channels // members), learn=True, **shape)
+        values = [value] * (channels // prox.group_size_of(channels))
+        return create_activation(self.name, dim, threshold=values, learn=True, **shape)
 
 
 def sparse_layer(dictionary: Dictionary, act: Act, dim: int, solver: ISTA, size: float = 1.0) -> SparseCoding:
@@ -100,7 +103,22 @@ def build(model: type[M], architecture: str, pretrained: bool, kwargs: dict[str,
         config = hub.read_config(hub.find(name))
         check_against(name, config["model_args"], kwargs)
         kwargs = config["model_args"] | kwargs | {"pretrained_cfg": name.split(".", 1)[1]}
+    kwargs = take_options(kwargs)
     return build_model_with_cfg(model, architecture, pretrained, **build_args, **kwargs)
+
+
+def take_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with the activation's `OPTIONS` filled into its ``activation``: a name becomes a partial.
+
+    Raises ValueError for options without an activation, or with one that does not take them.
+    """
+    options = {key: kwargs[key] for key in OPTIONS if kwargs.get(key) is not None}
+    if not options:
+        return kwargs
+    if kwargs.get("activation") is None:
+        raise ValueError(f"{', '.join(options)} given without an activation to take it")
+    rest = {key: value for key, value in kwargs.items() if key not in options}
+    return rest | {"activation": configure(kwargs["activation"], **options)}
 
 
 HEAD_ARGS = ("num_classes", "in_chans", "drop_rate", "pretrained_cfg")

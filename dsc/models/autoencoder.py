@@ -5,11 +5,11 @@ from typing import Any
 from timm.models import register_model
 from torch import Tensor, nn
 
+from dsc.activations import Activation, is_grouped
 from dsc.dictionaries import DenseDictionary
 from dsc.layers import SparseCoding, StepSize
 from dsc.models._build import Act, build
 from dsc.models._build import default_cfgs as make_default_cfgs
-from dsc.prox import Activation
 from dsc.solvers import create_solver
 
 
@@ -80,7 +80,7 @@ def gsae(pretrained: bool = False, **kwargs: Any) -> SparseAutoencoder:
     """Ten groups of sixteen atoms, fifteen FISTA steps."""
     kwargs = dict(activation="group_relu") | kwargs
     sized = kwargs.get("groups") is not None or kwargs.get("group_size") is not None
-    if kwargs["activation"] in ("group_relu", "group_relu_nonneg") and not sized:
+    if is_grouped(kwargs["activation"]) and not sized:
         kwargs["group_size"] = 16
     return build(SparseAutoencoder, "gsae", pretrained, kwargs)
 

@@ -8,11 +8,11 @@ from timm.layers import ClassifierHead
 from timm.models import register_model
 from torch import Tensor, nn
 
+from dsc.activations import Activation
 from dsc.dictionaries import ConvDictionary
 from dsc.layers import DeepSparseCoding, SparseCoding
 from dsc.models._build import Act, build, sparse_layer
 from dsc.models._build import default_cfgs as make_default_cfgs
-from dsc.prox import Activation
 from dsc.solvers import create_solver
 
 

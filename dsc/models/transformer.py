@@ -5,11 +5,11 @@ from typing import Any
 from timm.models import register_model
 from torch import Tensor, nn
 
+from dsc.activations import Activation
 from dsc.blocks import AttentionBlock, ConvStem, TransformerBlock
 from dsc.dictionaries import DenseDictionary
 from dsc.models._build import Act, build, sparse_layer
 from dsc.models._build import default_cfgs as make_default_cfgs
-from dsc.prox import Activation
 from dsc.solvers import create_solver
 
 

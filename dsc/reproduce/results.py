@@ -1,0 +1,69 @@
+"""What an experiment is, and the files it leaves: its figures as JSON, its table as Markdown, its picture."""
+
+import json
+import platform
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+SUFFIXES = (".json", ".md", ".png")
+PACKAGES = ("deep-sparse-coding", "torch", "lightning", "numpy")
+
+# Readable for the colour-blind (Okabe and Ito 2008).
+PALETTE = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#0072b2", "#cc79a7", "#999999")
+
+
+@dataclass(frozen=True)
+class Results:
+    """An experiment's outcome: `figures` for JSON, `table` in Markdown, and the picture."""
+
+    figures: dict[str, Any]
+    table: str
+    picture: Figure
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment of `dsc reproduce`.
+
+    `run` takes the parsed arguments (`fast` and `seeds` among them) and a function that it tells its progress, a
+    line at a time.
+    """
+
+    description: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace, Callable[[str], None]], Results]
+
+
+def check_fresh(folder: Path, name: str) -> None:
+    """Raise FileExistsError where `folder` holds results of that experiment already."""
+    for suffix in SUFFIXES:
+        if (folder / f"{name}{suffix}").exists():
+            raise FileExistsError(f"{folder / name}{suffix} exists already: choose another folder with --out")
+
+
+def write(folder: Path, name: str, results: Results) -> None:
+    """Write `<name>.json`, `<name>.md` and `<name>.png` into `folder`. Raises FileExistsError, never overwrites."""
+    check_fresh(folder, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"experiment": name, "environment": environment(), **results.figures}
+    (folder / f"{name}.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
+    (folder / f"{name}.md").write_text(results.table + "\n")
+    results.picture.savefig(folder / f"{name}.png", dpi=120)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor and threads that the figures were measured with."""
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
