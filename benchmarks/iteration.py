@@ -1,9 +1,9 @@
 """Time of a FISTA iteration over that of the two products it cannot do without, side by side in one run.
 
-`uv run benchmarks/iteration.py` prints Markdown tables: dense and convolutional layers, and the growth with batch, atoms
-and steps. The floor of a row is Dz and then Dᵀr of ready tensors (dense: into ready memory), for the whole batch or in
-the blocks that the layer takes, whichever is faster; a layer's time is a solve of K steps over K − ½, as its first step
-from zero needs one product. No gradients are kept.
+`uv run benchmarks/iteration.py` prints Markdown tables: dense and convolutional layers, and the growth with batch,
+atoms and steps. The floor of a row is Dz and then Dᵀr of ready tensors (dense: into ready memory), for the whole batch
+or in the blocks that the layer takes, whichever is faster; a layer's time is a solve of K steps over K − ½, as its
+first step from zero needs one product. No gradients are kept.
 """
 
 import argparse

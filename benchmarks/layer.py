@@ -1,14 +1,15 @@
 """Training cost of a `SparseCoding` layer over that of the `Conv2d` of the same shape, in each gradient mode.
 
-`uv run benchmarks/layer.py` prints Markdown tables, each row beside the convolution, ReLU and backward pass that are its
-floor, measured in turn with it: time, and peak memory. On a CPU that is the most that PyTorch's allocator has out above
-what it had before the call, by its profiler (a kernel's own scratch is not seen); on a GPU, `max_memory_allocated`.
-A last table holds the bias of `last`, against `implicit` at convergence.
+`uv run benchmarks/layer.py` prints Markdown tables, each row beside the convolution, ReLU and backward pass that are
+its floor, measured in turn with it: time, and peak memory. On a CPU that is the most that PyTorch's allocator has out
+above what it had before the call, by its profiler (a kernel's own scratch is not seen); on a GPU,
+`max_memory_allocated`. A last table holds the bias of `last`, against `implicit` at convergence.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -86,18 +87,19 @@ COLUMNS = ("mode, steps", "Conv2d, ms", "layer, ms", "ratio", "Conv2d, MiB", "la
 
 def costs(quick: bool) -> str:
     """The table of modes and steps."""
-    sparse, plain = layers(2 if quick else 16)
-    repeats = 1 if quick else 5
-    rows = []
-    for gradient in ("unroll", "checkpoint", "last", "implicit"):
-        for steps in (1, 2) if quick else (1, 2, 4, 8, 16):
-            rows.append(row(f"{gradient}, {steps}", sparse(steps, gradient), plain, repeats))
+    sparse, plain = layers(2 if quick else 4)
+    repeats = 1 if quick else 3
+    depths = (1, 2) if quick else (1, 2, 4, 8, 16)
+    rows = [
+        row(f"{gradient}, {steps}", sparse(steps, gradient), plain, repeats)
+        for gradient, steps in product(get_args(Gradient), depths)
+    ]
     return markdown(COLUMNS, rows)
 
 
 def growth_of_implicit(quick: bool) -> str:
     """Its peak memory for 1 and for 64 steps. The goal: 1.3."""
-    sparse, _ = layers(2 if quick else 16)
+    sparse, _ = layers(2 if quick else 4)
     one, many = (peak_bytes(sparse(steps, "implicit")) for steps in (1, 64))
     row = f"{one / 2**20:.0f}", f"{many / 2**20:.0f}", f"{many / one:.2f}"
     return markdown(("implicit: 1 step, MiB", "64 steps, MiB", "ratio"), [row])
@@ -136,7 +138,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few images, steps and repeats")
     quick = parser.parse_args().quick
     print(header())
-    images = 2 if quick else 16
+    images = 2 if quick else 4
     print(f"\nForward and backward, {images} images of 64×32², 128 atoms of 3², relu, λ={THRESHOLD}:\n\n{costs(quick)}")
     print("\n" + growth_of_implicit(quick))
     print(f"\nBias of `last`, lasso of 64 features and 128 atoms, gradient of the dictionary:\n\n{bias_of_last(quick)}")

@@ -58,12 +58,13 @@ class ActiveSet:
             gap = self._gaps(r, codes, correlations, tol)
             gaps.index_copy_(0, open_, gap)
             stalled = (gap < STALLED_BELOW[x.dtype]) & (gap > before / 2)
-            left = ((gap > tol) & ~stalled).nonzero().squeeze(1)
+            left = (~(gap <= tol) & ~stalled).nonzero().squeeze(1)
             if round_ == max_rounds or len(left) == 0:
                 break
             if len(left) < len(open_):
                 open_, codes, correlations = (t.index_select(0, left) for t in (open_, codes, correlations))
-            codes, images = self._newton(*self._greedy(codes, correlations), steps=1 + round_ // 4)
+            steps = 1 + round_ // 4 + (x.dtype == torch.float64)  # one more refines what the ridge has left
+            codes, images = self._newton(*self._greedy(codes, correlations), steps)
             z.index_copy_(0, open_, codes)
             residual.index_copy_(0, open_, x.index_select(0, open_) - images)
         z = z[:, : -self.size]
@@ -126,11 +127,11 @@ class ActiveSet:
         signal, group = support.nonzero(as_tuple=True)
         count = support.sum(1)
         place = torch.arange(len(signal), device=z.device) - (count.cumsum(0) - count)[signal]
-        groups = group.new_full((len(z), int(count.max())), support.shape[1] - 1)
+        groups = group.new_full((len(z), max(1, int(count.max()))), support.shape[1] - 1)
         groups[signal, place] = group
         bins = torch.bucketize(count, torch.tensor(WIDTHS, device=z.device))
         for b in bins.unique().tolist():
-            width = min(WIDTHS[b], groups.shape[1])
+            width = max(1, min(WIDTHS[b], groups.shape[1]))
             for signals in (bins == b).nonzero().squeeze(1).split(max(1, ENTRIES // (width * self.size) ** 2)):
                 yield signals, groups[signals, :width]
 

@@ -18,8 +18,9 @@ def duality_gap(prox: Prox, z: Tensor, residual: Tensor, correlations: Tensor) -
 
         ``½(1 − s)²‖r‖² + (penalty(z) + conjugate(s c) − s⟨z, c⟩)``,
 
-    and not the difference of two objectives. What is left of rounding is that of c: for float32 codes a gap of 1e-6 of
-    the objective is certified. Source: Mairal 2010 (thesis, appendix D); Ndiaye et al. 2017, arXiv 1611.05780.
+    and not the difference of two objectives, so that little is lost to rounding: the rounding of c remains, about
+    ``ε‖x‖/λ`` of the objective or 1e-6 in single precision. Infinite where the penalty is. Source: Mairal 2010 (thesis,
+    appendix D); Ndiaye et al. 2017, arXiv 1611.05780.
 
     Shapes: `z` and `correlations` as the codes, `residual` as the signals.
 
@@ -36,9 +37,12 @@ def duality_gap(prox: Prox, z: Tensor, residual: Tensor, correlations: Tensor) -
 
 @torch.no_grad()
 def relative_duality_gap(prox: Prox, z: Tensor, residual: Tensor, correlations: Tensor) -> Tensor:
-    """`duality_gap` over the objective ``½‖x − Dz‖² + penalty(z)`` of each signal, float64 of shape (batch,)."""
+    """`duality_gap` over the objective ``½‖x − Dz‖² + penalty(z)`` of each signal, float64 of shape (batch,).
+
+    At most 1, as no objective is below 0.
+    """
     objective = _energy(residual.double()) / 2 + prox.penalty(z.double())
-    return relative(duality_gap(prox, z, residual, correlations), objective)
+    return relative(duality_gap(prox, z, residual, correlations), objective).clamp_max(1)
 
 
 @torch.no_grad()
@@ -48,8 +52,8 @@ def fixed_point_residual(z: Tensor, stepped: Tensor) -> Tensor:
 
 
 def relative(value: Tensor, scale: Tensor) -> Tensor:
-    """``value/scale``, and 0 where the value is 0."""
-    return torch.where(value == 0, 0, value / scale)
+    """``value/scale``, and the value itself where it is 0 or infinite."""
+    return torch.where((value == 0) | value.isinf(), value, value / scale)
 
 
 def _energy(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from dsc.activations import create_activation
 from dsc.encode import sparse_encode
@@ -86,7 +87,7 @@ class DictionaryLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
         prox: str = "soft",
         group_size: int | None = None,
         l1_ratio: float | None = None,
-        max_iter: int = 200,
+        max_iter: int = 1000,
         tol: float = 1e-5,
         transform_alpha: float | None = None,
         transform_tol: float = 1e-6,
@@ -119,7 +120,7 @@ class DictionaryLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
             errors.append(float(residual.double().square().sum() / 2 + omega.penalty(codes).double().sum()))
             unused = ~codes.any(0)
             worst = residual.square().sum(1).argsort(descending=True, stable=True)
-            atoms[unused] = unit_signals(x[worst], int(unused.sum()), random)
+            atoms[unused] = signals_as_atoms(x[worst], int(unused.sum()), omega, random)
             if len(errors) > 1 and errors[-2] - errors[-1] <= self.tol * errors[-2]:
                 break
         else:
@@ -155,7 +156,7 @@ class DictionaryLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
         if self.dict_init is None:
             count = x.shape[1] if self.n_components is None else self.n_components
             _check_groups(count, omega)
-            return unit_signals(x[torch.from_numpy(random.permutation(len(x)))], count, random)
+            return signals_as_atoms(x[torch.from_numpy(random.permutation(len(x)))], count, omega, random)
         atoms = torch.tensor(check_array(self.dict_init), dtype=x.dtype)
         expected = (len(atoms) if self.n_components is None else self.n_components, x.shape[1])
         if atoms.shape != expected:
@@ -163,7 +164,7 @@ class DictionaryLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
                 f"dict_init has shape {tuple(atoms.shape)}, expected (n_components, n_features) = {expected}"
             )
         _check_groups(len(atoms), omega)
-        return torch.nn.functional.normalize(atoms)
+        return normalize(atoms)
 
     @property
     def _n_features_out(self) -> int:
@@ -194,12 +195,21 @@ def improved_atoms(x: Tensor, codes: Tensor, atoms: Tensor) -> tuple[Tensor, Ten
     return improved, codes * norms
 
 
-def unit_signals(x: Tensor, count: int, random: np.random.RandomState) -> Tensor:
-    """`count` unit-norm atoms: the first signals of `x` that are not zero, then random directions if they are few."""
-    signals = x[x.any(1)][:count]
-    directions = random.standard_normal((count - len(signals), x.shape[1]))
-    atoms = torch.cat([signals, torch.from_numpy(directions).to(x)])
-    return atoms / atoms.norm(dim=1, keepdim=True)
+def signals_as_atoms(x: Tensor, count: int, omega: Prox, random: np.random.RandomState) -> Tensor:
+    """`count` unit-norm atoms: the first signals of `x` that are not zero, one a group of `omega`.
+
+    The group's other atoms complete it to an orthonormal basis of this signal and those that resemble it most, for
+    groups that start from unrelated signals end in poor local minima. What is missing after that has random directions.
+    """
+    size = omega.group_size_of(count)
+    unit = normalize(x[x.any(1)])
+    groups = torch.from_numpy(random.standard_normal((-(-count // size), size, x.shape[1]))).to(x)
+    seeds = unit[: len(groups)]
+    alike = unit[(seeds @ unit.mT).topk(min(size, len(unit))).indices]
+    basis, r = torch.linalg.qr(alike.mT)
+    basis = torch.where(r.diagonal(dim1=1, dim2=2)[:, None] < 0, -basis, basis).mT  # the signal itself, not −x
+    groups[: len(seeds), : basis.shape[1]] = basis
+    return normalize(groups.flatten(0, 1)[:count])
 
 
 def _check_groups(count: int, omega: Prox) -> None:

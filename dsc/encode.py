@@ -1,5 +1,6 @@
 """For classical users: `sparse_encode`, codes of signals over a given dictionary, certified by their duality gap."""
 
+import copy
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,18 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsc.activations import create_activation
-from dsc.active_set import ActiveSet
-from dsc.dictionaries import Dictionary
+from dsc._names import unknown
+from dsc.activations import PROX, create_activation, list_activations
+from dsc.active_set import STALLED_BELOW, ActiveSet
+from dsc.dictionaries import DenseDictionary, Dictionary
 from dsc.layers import SparseCoding
 from dsc.prox import Prox
 from dsc.solvers import FISTA, ConvergenceWarning
 
 ROUNDS = 30  # of the active-set method; as many again in double precision
-FISTA_STEPS, FISTA_BLOCKS = 50, 200  # steps between two looks at the duality gaps, and how many such blocks
+STEPS, BLOCKS = FISTA(50, restart=True), 400  # between two looks at the duality gaps, and how many such blocks
+NEAR = 0.1  # relative gap of a code worth starting from
 CODES_AT_ONCE = 2**22  # entries, a thread
 FEWEST_SIGNALS = 128  # that are worth a thread
 
+CONVEX = [name for name, kind in PROX.items() if kind.is_convex]
 Signals = Tensor | np.ndarray[Any, Any]
 
 
@@ -45,7 +49,8 @@ def sparse_encode(
         dictionary: atoms as rows, (atoms, features), of any norm, as scikit-learn has them; or a `Dictionary`.
         threshold: λ > 0: a number, or one value an atom (a group, for group prox).
         prox: Ω: the name of a convex prox, or such a module, which has its own λ.
-        tol: relative duality gap, above 0. What single precision does not reach is finished in double precision.
+        tol: relative duality gap, between 0 and 1. What single precision does not reach is finished in double
+            precision, certified there, and rounded back.
         return_gap: return ``(codes, gaps)``, with the relative duality gap of each signal.
         **arguments: of the prox, such as `group_size` and `l1_ratio`.
 
@@ -58,21 +63,25 @@ def sparse_encode(
 
     Raises:
         ValueError: shapes that do not match, a value that is not finite, an atom of zeros, a threshold that is not
-            positive or has the wrong number of values, a tolerance that is not positive.
+            positive or has the wrong number of values, a tolerance outside (0, 1).
         TypeError: a prox whose penalty is not convex: nothing certifies a solution.
 
     A dense dictionary is served by the active-set method of `dsc.active_set`, whose cost follows the supports; any
     other by FISTA with restart, which certified signals leave.
     """
-    if not tol > 0:
-        raise ValueError(f"tol, a relative duality gap, must be above 0 (such as 1e-4), got {tol}")
-    omega = _convex_prox(prox, threshold, arguments)
-    signals = torch.as_tensor(x)
+    if not (isinstance(tol, int | float) and 0 < tol < 1):
+        raise ValueError(f"tol, a relative duality gap, must lie between 0 and 1 (such as 1e-4), got {tol!r}")
+    signals = _tensor(x, "signals")
     signals = signals.to(torch.promote_types(signals.dtype, torch.float32))
+    omega = _convex_prox(prox, threshold, arguments, signals)
+    if isinstance(dictionary, DenseDictionary):
+        dictionary = dictionary.weight.detach()
     if isinstance(dictionary, Dictionary):
-        codes, gaps = _encode_by_steps(signals, dictionary, omega, tol)
+        coder = SparseCoding(copy.deepcopy(dictionary), omega).to(signals).eval()  # in steps of the certified 1/L
+        _check_images(signals, coder.dictionary)
+        codes, gaps = _encode_by_steps(signals, coder, tol)
     else:
-        atoms = torch.as_tensor(dictionary).to(signals)
+        atoms = _tensor(dictionary, "the dictionary").to(signals)
         _check(signals, atoms, omega)
         codes, gaps = _encode_dense(signals, atoms, omega, tol)
     _warn_of(gaps, tol)
@@ -81,15 +90,36 @@ def sparse_encode(
     return (codes.numpy(), gaps.numpy()) if return_gap else codes.numpy()
 
 
-def _convex_prox(prox: str | Prox, threshold: Any, arguments: dict[str, Any]) -> Prox:
+def _tensor(values: Any, name: str) -> Tensor:
+    if isinstance(values, Tensor):
+        tensor = values.detach()
+    else:
+        array = np.asarray(values)
+        native = array.astype(array.dtype.newbyteorder("="), copy=False)
+        tensor = torch.from_numpy(np.require(native, requirements=["C", "W"]))  # copies only what torch cannot share
+    if tensor.is_complex():
+        raise ValueError(f"{name} must be real numbers, got {tensor.dtype}")
+    return tensor
+
+
+def _convex_prox(prox: str | Prox, threshold: Any, arguments: dict[str, Any], signals: Tensor) -> Prox:
+    kind = PROX.get(prox) if isinstance(prox, str) else prox
+    if (kind is None and prox in list_activations()) or (kind is not None and not kind.is_convex):
+        raise TypeError(
+            f"the penalty of {prox} is not convex, so no duality gap certifies its codes: take one of "
+            f"{', '.join(CONVEX)}, or a SparseCoding layer for a fixed number of steps"
+        )
+    if kind is None:
+        raise ValueError(unknown("prox", str(prox), CONVEX))
+    if "alpha" in arguments:
+        raise ValueError("scikit-learn's alpha is threshold here, in the same units: give threshold")
     if isinstance(prox, str) and threshold is None:
         raise ValueError(f"give the threshold λ > 0 of {prox!r}: sparse_encode(x, dictionary, threshold=0.1)")
-    omega = create_activation(prox, threshold=threshold, **arguments)
-    if not omega.is_convex:
-        raise TypeError(
-            f"the penalty of {prox} is not convex, so no duality gap certifies its codes: take one of relu, soft, "
-            "elastic, group_relu, group_relu_nonneg, sparse_group, or a SparseCoding layer for a fixed number of steps"
-        )
+    if threshold is not None and not isinstance(threshold, int | float):
+        threshold = torch.as_tensor(threshold).to(signals)
+    if threshold is not None and not (torch.as_tensor(threshold) > 0).all():
+        raise ValueError(f"threshold must be above 0 (with 0 the problem is least squares), got {threshold}")
+    omega = copy.deepcopy(create_activation(prox, threshold=threshold, **arguments))
     if not (torch.as_tensor(omega.threshold) > 0).all():
         raise ValueError(f"threshold must be above 0 (with 0 the problem is least squares), got {omega.threshold}")
     return omega
@@ -97,26 +127,43 @@ def _convex_prox(prox: str | Prox, threshold: Any, arguments: dict[str, Any]) ->
 
 def _check(signals: Tensor, atoms: Tensor, omega: Prox) -> None:
     if signals.ndim != 2 or atoms.ndim != 2 or signals.shape[1] != atoms.shape[1]:
+        turned = " (is the dictionary transposed?)" if atoms.ndim == 2 and signals.shape[-1:] == atoms.shape[:1] else ""
         raise ValueError(
             "signals must be (signals, features) and the dictionary (atoms, features), atoms as rows; "
-            f"got {tuple(signals.shape)} and {tuple(atoms.shape)}"
+            f"got {tuple(signals.shape)} and {tuple(atoms.shape)}{turned}"
         )
+    if atoms.numel() == 0:
+        raise ValueError(f"the dictionary has no atoms or no features: {tuple(atoms.shape)}")
     for name, values in (("signal", signals), ("atom", atoms)):
-        wrong = ~values.isfinite().all(1)
-        if wrong.any():
-            raise ValueError(f"{name} {int(wrong.nonzero()[0])} has values that are not finite")
+        _check_finite(name, values)
     zero = ~atoms.any(1)
     if zero.any():
         raise ValueError(f"atom {int(zero.nonzero()[0])} is zero: no code uses it, and it has no scale; remove it")
     omega.penalty(atoms.new_zeros(1, len(atoms)))  # says what is wrong with groups or a threshold of the wrong size
 
 
+def _check_images(signals: Tensor, dictionary: Dictionary) -> None:
+    channels = dictionary.weight.shape[1]
+    if signals.ndim != 4 or signals.shape[1] != channels:
+        raise ValueError(f"signals must be images (signals, {channels}, height, width), got {tuple(signals.shape)}")
+    _check_finite("signal", signals)
+    _check_finite("atom", dictionary.weight)
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    wrong = ~values.flatten(1).isfinite().all(1)
+    if wrong.any():
+        raise ValueError(f"{name} {int(wrong.nonzero()[0])} has values that are not finite")
+
+
 def _encode_dense(x: Tensor, atoms: Tensor, omega: Prox, tol: float) -> tuple[Tensor, Tensor]:
     codes, gaps = _in_parts(ActiveSet(atoms, omega), tol, x)
-    left = (gaps > tol).nonzero().squeeze(1)
+    left = (~(gaps <= tol)).nonzero().squeeze(1)
     if len(left) and x.dtype != torch.float64:
+        near = gaps[left, None] < NEAR  # single precision may have led astray
+        start = torch.where(near, codes[left], 0).double()
         solver = ActiveSet(atoms.double(), omega)
-        better, gaps[left] = _in_parts(solver, tol, x[left].double(), codes[left].double())
+        better, gaps[left] = _in_parts(solver, tol, x[left].double(), start)
         codes[left] = better.to(codes.dtype)
     return codes, gaps
 
@@ -148,30 +195,37 @@ def _joined(results: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat(codes), torch.cat(gaps)
 
 
-def _encode_by_steps(x: Tensor, dictionary: Dictionary, omega: Prox, tol: float) -> tuple[Tensor, Tensor]:
-    if not x.isfinite().all():
-        raise ValueError("the signals have values that are not finite")
-    training = dictionary.training
-    layer = SparseCoding(dictionary, omega).eval()  # steps of the certified 1/L
-    solver = FISTA(FISTA_STEPS, restart=True)
-    codes = layer.solve(x, solver)
-    gaps = layer.relative_gap(x, codes)
-    for _ in range(FISTA_BLOCKS):
-        left = (gaps > tol).nonzero().squeeze(1)
-        if len(left) == 0:
-            break
-        better = layer.solve(x[left], solver, start=codes[left])
-        codes[left], gaps[left] = better, layer.relative_gap(x[left], better)
-    dictionary.train(training)
+def _encode_by_steps(x: Tensor, coder: SparseCoding, tol: float) -> tuple[Tensor, Tensor]:
+    codes = coder.solve(x, STEPS)
+    gaps = coder.relative_gap(x, codes)
+    _more_steps(x, coder, tol, codes, gaps)
+    left = (~(gaps <= tol)).nonzero().squeeze(1)
+    if len(left) and x.dtype != torch.float64:
+        better, gaps_left = codes[left].double(), gaps[left]
+        _more_steps(x[left].double(), coder.double(), tol, better, gaps_left)
+        codes[left], gaps[left] = better.to(codes.dtype), gaps_left
     return codes, gaps
 
 
+def _more_steps(x: Tensor, coder: SparseCoding, tol: float, codes: Tensor, gaps: Tensor) -> None:
+    # In place. Signals that single precision brings no nearer are given up.
+    for _ in range(BLOCKS):
+        open_ = (~(gaps <= tol)).nonzero().squeeze(1)
+        if len(open_) == 0:
+            break
+        better = coder.solve(x[open_], STEPS, start=codes[open_])
+        gap, before = coder.relative_gap(x[open_], better), gaps[open_]
+        codes[open_], gaps[open_] = better, gap
+        if x.dtype != torch.float64 and (gap < STALLED_BELOW[x.dtype]).all() and (gap > 0.9 * before).all():
+            break
+
+
 def _warn_of(gaps: Tensor, tol: float) -> None:
-    left = gaps > tol
+    left = ~(gaps <= tol)
     if left.any():
         warnings.warn(
             f"{int(left.sum())} of {len(gaps)} signals have not reached the relative duality gap tol={tol:g}: "
             f"the farthest is at {float(gaps.max()):.2g}",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

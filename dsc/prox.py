@@ -35,11 +35,13 @@ class Prox(nn.Module):
     default_threshold: ClassVar[float] = 0.1
     nonneg: bool = False
 
-    def __init__(self, threshold: float | Sequence[float] | None = None, learn: bool = False, dim: int = 1) -> None:
+    def __init__(
+        self, threshold: float | Sequence[float] | Tensor | None = None, learn: bool = False, dim: int = 1
+    ) -> None:
         super().__init__()
         self.dim, self.learn = dim, learn
         given = self.default_threshold if threshold is None else threshold
-        value = torch.as_tensor(given, dtype=torch.float32)
+        value = torch.as_tensor(given, dtype=given.dtype if isinstance(given, Tensor) else torch.float32)
         if (value < 0).any() or not value.isfinite().all():
             raise ValueError(f"threshold must be finite and at least 0, got {threshold}")
         if value.ndim > 1:
