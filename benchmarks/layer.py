@@ -128,7 +128,7 @@ def gradients_of_dictionary(threshold: float) -> tuple[Tensor, Tensor, float]:
     target = torch.randn(256, 128, dtype=torch.float64)
     found = []
     for gradient in ("implicit", "last"):
-        z = layer.solve(x, FISTA(3000, restart=True, gradient=gradient))
+        z = layer.solve(x, FISTA(1000, restart=True, gradient=gradient))
         found += torch.autograd.grad((z * target).sum(), layer.dictionary.weight)
     return found[0], found[1], (z != 0).sum().item() / len(x)
 

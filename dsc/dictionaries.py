@@ -264,6 +264,8 @@ class ConvDictionary(Dictionary):
 
     def polyphase(self) -> Tensor:
         """The same map at stride 1 on `pixel_unshuffle`d images: (atoms, channels·stride², k', k')."""
+        if self.stride == 1:
+            return self.weight
         grown = -self.kernel_size % self.stride
         return F.pixel_unshuffle(F.pad(self.weight, (0, grown, 0, grown)), self.stride)
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit_context
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils._param_validation import Interval
@@ -14,11 +14,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dsc.activations import create_activation
+from dsc._names import unknown
+from dsc.activations import PROX, create_activation
 from dsc.encode import sparse_encode
-from dsc.prox import Grouped, Prox
+from dsc.prox import Prox
 
 SWEEPS = 5  # of the least squares over all atoms: started from the last ones, more of them change nothing
+CONVEX = [name for name, kind in PROX.items() if kind.is_convex]
 DTYPES = [np.float64, np.float32]
 
 Array = np.ndarray[Any, Any]
@@ -60,9 +62,8 @@ class DictionaryLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
         sklearn.exceptions.ConvergenceWarning: `fit` has taken `max_iter` turns and not converged.
 
     Raises:
-        ValueError: a parameter out of its range, an unknown prox or one that does not take `group_size` or `l1_ratio`,
-            groups that do not divide `n_components`, `dict_init` of another shape, X that is not finite.
-        TypeError: a prox whose penalty is not convex.
+        ValueError: a parameter out of its range, a prox that is none of these or does not take `group_size` or
+            `l1_ratio`, groups that do not divide `n_components`, `dict_init` of another shape, X that is not finite.
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -106,9 +107,9 @@ class DictionaryLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
         self.dict_init = dict_init
         self.random_state = random_state
 
-    @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: object = None) -> Self:
         """Learn the dictionary of the signals `X`, (signals, features); `y` is not used."""
+        self._validate_params()
         x = torch.from_numpy(validate_data(self, X, dtype=DTYPES, order="C", force_writeable=True))
         random, omega = check_random_state(self.random_state), self._omega(self.alpha)
         atoms = self._first_atoms(x, omega, random)
@@ -127,7 +128,7 @@ class DictionaryLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
             warnings.warn(
                 f"not converged to tol={self.tol:g} in max_iter={self.max_iter} turns: raise one of the two",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=2,
             )
         self.components_, self.error_, self.n_iter_ = atoms.numpy(), np.array(errors), len(errors)
         return self
@@ -149,6 +150,8 @@ class DictionaryLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
         return codes @ self.components_
 
     def _omega(self, alpha: float) -> Prox:
+        if self.prox not in CONVEX:
+            raise ValueError(unknown("convex prox", self.prox, CONVEX))
         size = None if self.group_size is None else int(self.group_size)  # a grid may hold NumPy's integers
         return create_activation(self.prox, threshold=float(alpha), group_size=size, l1_ratio=self.l1_ratio)
 
@@ -157,7 +160,7 @@ class DictionaryLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
             count = x.shape[1] if self.n_components is None else self.n_components
             _check_groups(count, omega)
             return signals_as_atoms(x[torch.from_numpy(random.permutation(len(x)))], count, omega, random)
-        atoms = torch.tensor(check_array(self.dict_init), dtype=x.dtype)
+        atoms = torch.tensor(check_array(self.dict_init, input_name="dict_init"), dtype=x.dtype)
         expected = (len(atoms) if self.n_components is None else self.n_components, x.shape[1])
         if atoms.shape != expected:
             raise ValueError(
@@ -213,7 +216,7 @@ def signals_as_atoms(x: Tensor, count: int, omega: Prox, random: np.random.Rando
 
 
 def _check_groups(count: int, omega: Prox) -> None:
-    size = omega.group_size if isinstance(omega, Grouped) else 1
+    size = omega.group_size_of(count)
     if count % size:
         below = count - count % size
         nearest = f"{below} or {below + size}" if below else f"{size}"

@@ -9,8 +9,9 @@ mode         keeps for the backward pass gradient
 `implicit`   one step                    of the fixed point ``z = T(z)``: exact where the code has converged
 ============ =========================== ==========================================================================
 
-The bias of `last`: it drops the terms of ``∂z*/∂θ = Σ_j (∂T/∂z)ʲ ∂T/∂θ`` from j = 1 on. On lasso problems (64 features,
-128 atoms, 12 non-zeros a code, 400 steps; `benchmarks/layer.py`) the gradient of the dictionary is BIAS.
+The bias of `last`: of ``∂z*/∂θ = Σ_j (∂T/∂z)ʲ ∂T/∂θ`` it keeps the term j = 0. For the lasso with 64 features and 128
+atoms (`benchmarks/layer.py`), its gradient of the dictionary has a cosine of 0.98, 0.92, 0.72 and 0.31 with the exact
+one where a code has 2, 9, 28 and 51 non-zeros, and 0.17, 0.15, 0.09 and 0.04 of its length.
 
 Sources: Chen et al. 2016, arXiv 1604.06174 (checkpoints); Bai, Kolter and Koltun 2019, arXiv 1909.01377, and Bertrand
 et al. 2020, arXiv 2002.08943 (implicit differentiation, on the support of the lasso); Fung et al. 2022, arXiv
@@ -27,7 +28,6 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Gradient = Literal["unroll", "checkpoint", "last", "implicit"]
-GRADIENTS = ("unroll", "checkpoint", "last", "implicit")
 Step = Callable[[Tensor], Tensor]
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}  # relative residual of the adjoint system
@@ -58,7 +58,7 @@ def implicit(step: ProximalStep, start: Tensor, damping: float = 0.0) -> Tensor:
     becomes the solution u of ``(I − NP)u = v``, and passes from there through this one step to x, D, b and λ. The
     operator I − NP is symmetric and positive semi-definite in the inner product ⟨·, P·⟩, where conjugate gradients
     solve for ``y = Pu``, which lives on the support; there the system is ``(P⁺ − I + s D_SᵀD_S) y = v``. Each signal
-    has its own, and stops on its own. Memory is that of one step and five codes.
+    has its own, and stops on its own. Memory is that of one step and of a few codes.
 
     The size of the step has no gradient, as it does not move the fixed point: `step` is to hold it constant.
 
