@@ -68,7 +68,8 @@ def sparse_encode(
         TypeError: a prox whose penalty is not convex: nothing certifies a solution.
 
     A dense dictionary is served by the active-set method of `dsc.active_set`, whose cost follows the supports (with
-    groups and a tolerance from 1e-8 on, after a hundred steps of FISTA); any other by FISTA with restart, which certified signals leave.
+    groups, and unless tol is below 1e-8, after a hundred steps of FISTA); any other by FISTA with restart, which
+    certified signals leave.
     """
     if not (isinstance(tol, int | float) and 0 < tol < 1):
         raise ValueError(f"tol, a relative duality gap, must lie between 0 and 1 (such as 1e-4), got {tol!r}")

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from oracles import GROUPED, kkt_residual, unfold
@@ -5,10 +7,11 @@ from sklearn.decomposition import sparse_encode
 from sklearn.linear_model import Lasso
 
 from dsc.activations import create_activation
+from dsc.certificates import fixed_point_residual
 from dsc.dictionaries import ConvDictionary, DenseDictionary
 from dsc.layers import SparseCoding
 from dsc.measures import relative_error
-from dsc.solvers import FISTA, ISTA, SOLVERS, create_solver
+from dsc.solvers import FISTA, ISTA, SOLVERS, ConvergenceWarning, create_solver
 
 NAMES = ["relu", "soft", "group_relu", "group_relu_nonneg"]
 
@@ -76,9 +79,9 @@ def test_bias_is_the_linear_term_of_the_problem(features, atoms, high):
 
 
 @pytest.mark.parametrize("positive", [False, True])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(13))
 def test_reference_objective_equals_scikit_learn(seed, positive):
-    # 6 dictionaries × 4 signals, each twice.
+    # 13 dictionaries × 4 signals, each twice: 104 problems.
     layer = dense("relu" if positive else "soft", 12, 24, seed, threshold=0.25)
     x, atoms = signals(4, 12, seed=seed + 100), layer.dictionary.weight.detach().numpy()
     ours = layer.objective(x, solved(layer, x))
@@ -175,8 +178,98 @@ def test_trace_has_every_step_and_ends_in_the_forward_code(solver):
         torch.testing.assert_close(earlier, later, rtol=0, atol=0)
 
 
+def test_restarted_momentum_is_that_of_the_textbook():
+    layer, x = dense("soft", 40, 30, threshold=0.01), signals(2, 40)
+    matrix, s = layer.dictionary.weight.detach().T, layer.step_size()
+    for i, signal in enumerate(x):
+        y = old = torch.zeros(30).double()
+        t, restarts = 1.0, 0
+        for z in layer.trace(x, 60, RestartedFISTA).codes:
+            point = y + s * (signal - y @ matrix.T) @ matrix
+            new = point.sign() * (point.abs() - s * 0.01).clamp_min(0)
+            if (y - new) @ (new - old) > 0:  # O'Donoghue and Candès 2015, the gradient scheme
+                t, restarts = 1.0, restarts + 1
+            following = (1 + (1 + 4 * t**2) ** 0.5) / 2
+            y, old, t = new + (t - 1) / following * (new - old), new, following
+            torch.testing.assert_close(z[i], new, rtol=1e-6, atol=1e-7)  # t is kept in single precision
+        assert restarts > 0
+
+
+class RestartedFISTA(FISTA):
+    def __init__(self, steps=1, **kwargs):
+        super().__init__(steps, **{**kwargs, "restart": True})
+
+
+def stopping(name="soft", kind=dense, **kwargs):
+    layer = kind(name)
+    x = signals(5, 10) if kind is dense else signals(2, 2, 6, 6)
+    record = []
+    z = layer.solve(x, FISTA(2000, **kwargs), record)
+    return layer, x, z, record
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("tol", [1e-2, 1e-5])
+@pytest.mark.parametrize("kind", [dense, conv])
+def test_a_solve_stops_at_the_first_small_step(kind, tol, restart):
+    layer, x, z, record = stopping(kind=kind, tol=tol, restart=restart)
+    assert torch.equal(z, record[-1])
+    assert (fixed_point_residual(z, layer.solve(x, ISTA(1), start=z)) <= tol).all()
+    # The measure is that of the last step, from the point it started from: for ISTA, the code before.
+    record = []
+    layer.solve(x, ISTA(2000, tol=tol), record)
+    moves = torch.stack([fixed_point_residual(b, a).amax() for a, b in pairwise(record)])
+    assert moves[-1] <= tol and (moves[:-1] > tol).all()
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-6])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_solve_stops_at_a_small_gap_within_ten_steps(name, tol):
+    layer, x, z, record = stopping(name, tol=tol, criterion="gap", restart=True)
+    worst = [layer.relative_gap(x, z).max() for z in record]
+    tested = [i for i in range(9, len(record), 10)]
+    assert len(record) % 10 == 0 and worst[-1] <= tol
+    assert all(worst[i] > tol for i in tested[:-1])
+    error = layer.objective(x, z) / layer.objective(x, solved(layer, x)) - 1
+    assert (error <= worst[-1] + 1e-12).all()
+
+
+@pytest.mark.parametrize("criterion,figure", [("residual", "fixed-point residual"), ("gap", "relative duality gap")])
+def test_a_solve_that_does_not_reach_its_tolerance_warns(criterion, figure):
+    layer, x = dense("soft"), signals(5, 10)
+    record = []
+    with pytest.warns(ConvergenceWarning, match=rf"{figure} (\S+) after 12 steps, above tol=1.0e-08") as warned:
+        layer.solve(x, ISTA(12, tol=1e-8, criterion=criterion), record)
+    assert len(record) == 12 and len(warned) == 1
+    value = float(str(warned[0].message).split(figure)[1].split()[0])
+    expected = layer.relative_gap(x, record[-1]) if criterion == "gap" else fixed_point_residual(record[-1], record[-2])
+    assert value == pytest.approx(expected.max().item(), rel=0.05)
+
+
+def test_signals_that_are_zero_or_nan_end_a_solve():
+    layer = dense("soft")
+    assert not layer.solve(torch.zeros(2, 10).double(), ISTA(5, tol=1e-3)).any()
+    for criterion in ("residual", "gap"):
+        x = signals(3, 10)
+        x[1, 2] = torch.nan
+        with pytest.raises(ValueError, match="signal 1 became NaN.*signals must be finite"):
+            layer.solve(x, ISTA(20, tol=1e-3, criterion=criterion))
+
+
+def test_a_tolerance_passes_gradients_of_the_steps_it_took():
+    layer, x = dense("soft"), signals(5, 10).requires_grad_()
+    record = []
+    z = layer.solve(x, FISTA(500, tol=1e-3), record)
+    assert len(record) < 500
+    (got,) = torch.autograd.grad(z.square().sum(), x)
+    (expected,) = torch.autograd.grad(layer.solve(x, FISTA(len(record))).square().sum(), x)
+    assert torch.equal(got, expected)
+
+
 def test_solvers_are_made_by_name():
     assert {name: create_solver(name, 5) for name in SOLVERS} == {"ista": ISTA(5), "fista": FISTA(5)}
+    options = dict(tol=1e-3, criterion="gap", gradient="implicit", damping=0.1)
+    assert create_solver("fista", 9, **options) == FISTA(9, **options)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +279,15 @@ def test_solvers_are_made_by_name():
         (lambda: FISTA(-2), "must be at least 1, got -2"),
         (lambda: create_solver("ista", 0), "must be at least 1, got 0"),
         (lambda: create_solver("fist"), "'fist'; did you mean 'fista'"),
+        (lambda: ISTA(9, tol=0), "tol must be above 0 .*got 0"),
+        (lambda: ISTA(9, tol=-1e-3), "tol must be above 0 .*got -0.001"),
+        (lambda: ISTA(9, tol=float("nan")), "tol must be above 0 .*got nan"),
+        (lambda: ISTA(1, tol=1e-3), "the most to take and must be at least 2, got 1"),
+        (lambda: ISTA(9, criterion="gaps"), "unknown criterion 'gaps'; did you mean 'gap'"),
+        (lambda: ISTA(9, gradient="implict"), "unknown gradient 'implict'; did you mean 'implicit'"),
+        (lambda: ISTA(9, gradient="implicit", damping=-1), "damping must be at least 0.*got -1"),
+        (lambda: ISTA(9, damping=0.1), "belongs to gradient='implicit'.*got 0.1"),
+        (lambda: dense("soft", bias=True).solve(signals(2, 10), ISTA(9, tol=1, criterion="gap")), "here 'residual'"),
     ],
 )
 def test_wrong_solvers_are_named(call, message):
