@@ -53,11 +53,17 @@ class Dictionary(nn.Module):
         return self.weight.shape[0]
 
     def synthesize(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Signal ``Dz``; `size` is the signal's spatial size (dense dictionaries ignore it)."""
+        """Signal ``Dz``; `size` is the signal's spatial size (dense dictionaries ignore it).
+
+        Raises ValueError for a shape that is not that of codes.
+        """
         raise TypeError(f"{type(self).__name__} defines no synthesis")
 
     def analyze(self, x: Tensor) -> Tensor:
-        """Correlations ``Dᵀx``, the exact adjoint of `synthesize`."""
+        """Correlations ``Dᵀx``, the exact adjoint of `synthesize`.
+
+        Raises ValueError for a shape that is not that of signals.
+        """
         raise TypeError(f"{type(self).__name__} defines no analysis")
 
     def gradient_step(self, step: float | Tensor, signals: Tensor, bias: Tensor | None = None) -> GradientStep:
@@ -144,9 +150,11 @@ class DenseDictionary(Dictionary):
         return self.weight.unsqueeze(0), None
 
     def synthesize(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        _check_shape("codes", z, -1, self.num_atoms)
         return z @ self.weight
 
     def analyze(self, x: Tensor) -> Tensor:
+        _check_shape("signals", x, -1, self.num_features)
         return F.linear(x, self.weight)
 
     def gram(self) -> Tensor:
@@ -210,9 +218,11 @@ class ConvDictionary(Dictionary):
         super().__init__(weight)
 
     def synthesize(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        _check_shape("codes", z, -3, self.num_atoms)
         return self._synthesize(z, size, self._kernel())
 
     def analyze(self, x: Tensor) -> Tensor:
+        _check_shape("signals", x, -3, self.weight.shape[1])
         return self._analyze(x, self._kernel())
 
     def gradient_step(self, step: float | Tensor, signals: Tensor, bias: Tensor | None = None) -> GradientStep:
@@ -322,6 +332,11 @@ def _apply(real: Tensor, imaginary: Tensor | None, v: Tensor) -> Tensor:
         return image
     crossed = imaginary @ v
     return image + torch.stack([-crossed[..., 1], crossed[..., 0]], -1)
+
+
+def _check_shape(what: str, values: Tensor, dim: int, expected: int) -> None:
+    if values.ndim < -dim or values.shape[dim] != expected:
+        raise ValueError(f"{what} of shape {tuple(values.shape)} do not fit: expected {expected} in dimension {dim}")
 
 
 def _positive(**values: int) -> None:

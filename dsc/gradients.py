@@ -51,7 +51,7 @@ def checkpointed(step: Step) -> Step:
 
 
 @torch.compiler.disable(reason="gradient='implicit' solves a linear system in its backward pass: compile without it")
-def implicit(step: ProximalStep, start: Tensor, damping: float = 0.0) -> Tensor:
+def implicit(step: Step, start: Tensor, damping: float = 0.0) -> Tensor:
     """``T(start)``, whose gradient is that of the fixed point ``z = T(z)``, which `start` should be.
 
     With P and N = I − sDᵀD the (symmetric) Jacobians of the prox and of the gradient step, the gradient v of the code
@@ -63,15 +63,18 @@ def implicit(step: ProximalStep, start: Tensor, damping: float = 0.0) -> Tensor:
     The size of the step has no gradient, as it does not move the fixed point: `step` is to hold it constant.
 
     Args:
-        step: T, of a convex penalty.
+        step: T, a `ProximalStep` of a convex penalty.
         start: the converged code, shape (batch, …).
         damping: ridge ``damping/s`` added to D_SᵀD_S: the answer is then that of a problem regularised so, and exists
             where ``D_SᵀD_S`` is singular. 0 for the exact one.
 
     Raises:
+        ValueError: a step that is no `ProximalStep`.
         TypeError: a code in half precision, which does not get near enough to its limit.
         torch.linalg.LinAlgError: in the backward pass, where ``D_SᵀD_S`` is singular to working precision.
     """
+    if not isinstance(step, ProximalStep):
+        raise ValueError("gradient='implicit' belongs to a single layer; here 'unroll', 'checkpoint' or 'last'")
     if start.dtype not in TOLERANCE:
         raise TypeError(f"an implicit gradient needs codes in float32 or float64 (no autocast), got {start.dtype}")
     point = start.detach().requires_grad_()

@@ -94,7 +94,7 @@ class SparseCoding(nn.Module):
         def solve_part(x: Tensor, driven: Tensor, start: Tensor | None) -> Tensor:
             proximal_step = ProximalStep(lambda z: move(z, x, driven), lambda z: self.prox(z, step))
             first = self.prox(driven, step) if start is None else proximal_step(start)
-            return solver.solve(first, proximal_step, record, self._gap_of(x))
+            return solver.solve(first, proximal_step, record, self._gap_of(x), start)
 
         rows = rows_in_cache(driven) if record is None and solver.tol is None else None
         if rows is None:
@@ -132,8 +132,9 @@ class SparseCoding(nn.Module):
         step = self.step_size()
         if isinstance(step, float):
             return step
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and step.device.type == "cpu":
-            return step.item()  # numbers make for faster thresholding
+        plain = type(step) is Tensor and step.device.type == "cpu" and not torch.compiler.is_compiling()
+        if plain and not torch.is_grad_enabled():
+            return step.item()  # thresholding by a number takes one pass
         return step.detach() if solver.gradient == "implicit" else step
 
     def _gap_of(self, x: Tensor) -> Measure | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsc._names import unknown
 from dsc.certificates import fixed_point_residual
-from dsc.gradients import Gradient, ProximalStep, Step, checkpointed, implicit
+from dsc.gradients import Gradient, Step, checkpointed, implicit
 
 Criterion = Literal["residual", "gap"]
 Measure = Callable[[Tensor], Tensor]
@@ -67,13 +67,19 @@ class ISTA:
             raise ValueError(f"damping must be at least 0, and belongs to gradient='implicit'; got {self.damping}")
 
     def solve(
-        self, first: Tensor, step: Step, record: list[Tensor] | None = None, gap: Measure | None = None
+        self,
+        first: Tensor,
+        step: Step,
+        record: list[Tensor] | None = None,
+        gap: Measure | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
-        """Code after `steps` steps, of which `first` is the one from zero; every iterate is added to `record`.
+        """Code after `steps` steps, of which `first` is the one from `start` (None: zero); each goes to `record`.
 
         `gap` gives the relative duality gap of each signal's code, shape (batch,).
 
-        Raises ValueError for the criterion "gap" without a `gap`, and for "implicit" unless `step` is a `ProximalStep`.
+        Raises ValueError for the criterion "gap" without a `gap`, and for "implicit" unless `step` is a
+        `dsc.gradients.ProximalStep`.
         """
         stop = None if self.tol is None else Stop(self.tol, self._criterion(gap))
         gradient = self.gradient if torch.is_grad_enabled() and first.requires_grad else "unroll"
@@ -82,23 +88,15 @@ class ISTA:
         if gradient == "checkpoint":
             return iterate(first, checkpointed(step), self.steps, self._momentum(), record, stop)
         with torch.no_grad():
-            start = self._start_of_last(first, step, record, stop)
-        if gradient == "last":
-            z = step(start)
-        elif isinstance(step, ProximalStep):
-            z = implicit(step, start, self.damping)
-        else:
-            raise ValueError("gradient='implicit' belongs to a single layer; here 'unroll', 'checkpoint' or 'last'")
+            before_last = torch.zeros_like(first) if start is None else start
+            steps = self.steps if stop else self.steps - 1
+            if steps:
+                momentum = self._momentum()
+                before_last = momentum(iterate(first.detach(), step, steps, momentum, record, stop))
+        z = step(before_last) if gradient == "last" else implicit(step, before_last, self.damping)
         if record is not None:
             record.append(z)
         return z
-
-    def _start_of_last(self, first: Tensor, step: Step, record: list[Tensor] | None, stop: "Stop | None") -> Tensor:
-        steps = self.steps if stop else self.steps - 1
-        if steps == 0:
-            return torch.zeros_like(first)
-        momentum = self._momentum()
-        return momentum(iterate(first.detach(), step, steps, momentum, record, stop))
 
     def _criterion(self, gap: Measure | None) -> Measure | None:
         if self.criterion == "residual":

@@ -6,6 +6,7 @@ import torch
 from oracles import operator_norm, unfold
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsc.dictionaries import ConvDictionary, DenseDictionary
 
@@ -52,6 +53,43 @@ def test_conv_maps_are_the_unfolded_matrix_and_its_transpose(arguments, size):
     torch.testing.assert_close(correlations.flatten(1), x.flatten(1) @ matrix)
     torch.testing.assert_close(d.synthesize(z, size).flatten(1), z.flatten(1) @ matrix.T)
     torch.testing.assert_close((d.synthesize(z, size) * x).sum(), (z * correlations).sum())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("step", [0.3, torch.tensor(0.3).double()])
+@pytest.mark.parametrize("arguments,shape", [(a, (7, a[0])) for a in DENSE] + [((8, 3), (2, 5, 8)), ((8, 3), (1, 8))])
+def test_dense_gradient_step_is_that_of_the_matrix(arguments, shape, step, bias):
+    d = dense(*arguments).double()
+    matrix = d.weight.detach().T
+    x, z, b = torch.randn(shape).double(), torch.randn(*shape[:-1], d.num_atoms).double(), torch.randn(d.num_atoms)
+    b = b.double() if bias else torch.zeros(())
+    move = d.gradient_step(step, x, b if bias else None)
+    expected = z + 0.3 * ((x - z @ matrix.T) @ matrix + b)
+    torch.testing.assert_close(move(z, x, 0.3 * (x @ matrix + b)), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("arguments", CONV)
+def test_conv_gradient_step_is_that_of_the_unfolded_matrix(arguments, bias):
+    d = conv(*arguments).double()
+    x = torch.randn(2, arguments[0], 9, 6).double()
+    matrix, z = unfold(d, (9, 6)), torch.randn_like(d.analyze(x))
+    b = torch.randn(d.num_atoms).double() if bias else None
+    got = d.gradient_step(torch.tensor(0.3), x, b)(z, x, 0.3 * d.analyze(x))
+    expected = z.flatten(1) + 0.3 * (x.flatten(1) - z.flatten(1) @ matrix.T) @ matrix
+    expected = expected.view_as(z) + (0.3 * b.view(-1, 1, 1) if bias else 0)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)  # the step is in single precision
+
+
+def test_the_cheaper_form_is_chosen_by_its_multiplications():
+    for features, atoms, batch in [(8, 4, 3), (8, 4, 2), (8, 8, 8), (8, 8, 7), (8, 12, 23), (8, 12, 24), (8, 16, 999)]:
+        d, x = dense(features, atoms), torch.ones(batch, features)
+        with FlopCounterMode(display=False) as gram:
+            _ = torch.addmm(x @ d.weight.mT, torch.ones(batch, atoms), d.gram())
+        with FlopCounterMode(display=False) as residual:
+            d.analyze(x - d.synthesize(d.analyze(x)))
+        assert d.gram_is_cheaper(x) == (gram.get_total_flops() <= residual.get_total_flops())
+        assert d.gram_is_cheaper(x[:, None]) == d.gram_is_cheaper(x)  # tokens count as signals
 
 
 def test_conv_synthesis_without_a_size_gives_the_smallest_signal():
@@ -258,6 +296,11 @@ def test_a_zero_atom_is_named():
         (lambda: conv(1, 2, 3, 0), "stride must be at least 1, got 0"),
         (lambda: conv(1, 0, 3), "num_atoms must be at least 1, got 0"),
         (lambda: dense(0, 3), "num_features must be at least 1, got 0"),
+        (lambda: dense(8, 3).analyze(torch.ones(2, 7)), r"signals of shape \(2, 7\) do not fit: expected 8"),
+        (lambda: dense(8, 3).synthesize(torch.ones(2, 8)), r"codes of shape \(2, 8\) do not fit: expected 3"),
+        (lambda: conv(2, 3, 3).analyze(torch.ones(1, 3, 5, 5)), "signals of .*expected 2 in dimension -3"),
+        (lambda: conv(2, 3, 3).analyze(torch.ones(5, 5)), r"signals of shape \(5, 5\) do not fit"),
+        (lambda: conv(2, 3, 3).synthesize(torch.ones(1, 2, 5, 5)), "codes of .*expected 3 in dimension -3"),
         (lambda: dense(8, 3).atoms(), "8 features are no 1-channel square image"),
         (lambda: dense(8, 4).block_coherence(3), "group_size=3 does not divide the 4 channels"),
     ],

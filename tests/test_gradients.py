@@ -242,6 +242,18 @@ def test_a_tolerance_stops_before_the_differentiated_step():
     assert torch.equal(layer(x), expected)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_implicit_gradient_from_a_start_is_that_at_the_last_step(steps):
+    layer, x = problem("dense", "relu", FISTA(500, restart=True))
+    start = layer(x).detach()
+    short = ISTA(steps, gradient="implicit")
+    torch.testing.assert_close(layer.solve(x, short, start=start), start)
+    x = x.requires_grad_()
+    (got,) = torch.autograd.grad(layer.solve(x, short, start=start).square().sum(), x)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("gradient", ["unroll", "checkpoint", "last"])
 def test_modes_of_a_joint_chain(gradient):
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import torch
 from oracles import GROUPED, operator_norm, unfold
 from torch import nn
 
+from dsc import layers
 from dsc.activations import create_activation
 from dsc.dictionaries import ConvDictionary, DenseDictionary
 from dsc.layers import DeepSparseCoding, SparseCoding
@@ -38,13 +39,13 @@ def with_bias(layer):
     return layer
 
 
-def chain(joint, steps=1, **kwargs):
-    layers = [
+def chain(joint, steps=1, solver=None, **kwargs):
+    parts = [
         conv(2, 4, 3, 1, 1, threshold=0.05, seed=1, solver=ISTA(steps), **kwargs),
         conv(4, 6, 3, 2, 0, "group_relu", 0.01, seed=2, solver=ISTA(steps), **kwargs),
         conv(6, 3, 2, 1, 0, "relu", 0.001, seed=3, solver=ISTA(steps), **kwargs),
     ]
-    return DeepSparseCoding(layers, ISTA(steps), joint)
+    return DeepSparseCoding(parts, solver or ISTA(steps), joint)
 
 
 def signals(*shape, seed=0):
@@ -139,17 +140,98 @@ def test_gradients_of_the_unrolled_solver_match_finite_differences(make, shape, 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_gradients_of_a_chain_match_finite_differences(joint):
-    layers = [
+    parts = [
         conv(1, 2, 2, 1, 1, step=0.2, bias=True),
         conv(2, 3, 2, 2, 0, "relu", step=0.2, bias=True, seed=1),
     ]
-    deep = DeepSparseCoding(layers, FISTA(3), joint).double().eval()
+    deep = DeepSparseCoding(parts, FISTA(3), joint).double().eval()
     weights = {name: p.detach().requires_grad_() for name, p in deep.named_parameters()}
 
     def call(x, *values):
         return torch.func.functional_call(deep, dict(zip(weights, values, strict=True)), x)
 
     assert torch.autograd.gradcheck(call, (signals(1, 1, 4, 3).requires_grad_(), *weights.values()))
+
+
+@pytest.mark.parametrize("solver", [ISTA(6), FISTA(6), FISTA(30, restart=True)])
+@pytest.mark.parametrize("kind", ["dense", "tokens", "gram", "conv"])
+def test_codes_do_not_depend_on_the_blocks_they_are_solved_in(kind, solver, monkeypatch):
+    layer, x = {
+        "dense": lambda: (dense(bias=True, solver=solver), signals(11, 6)),
+        "tokens": lambda: (dense(bias=True, solver=solver), signals(11, 3, 6)),
+        "gram": lambda: (dense(8, 4, solver=solver), signals(11, 8)),
+        "conv": lambda: (conv(name="group_relu", bias=True, solver=solver), signals(11, 2, 5, 4)),
+    }[kind]()
+    layer = layer.double().eval()
+    expected = layer(x).detach()
+    monkeypatch.setattr(layers, "BLOCK_BYTES", 3 * expected[0].nbytes // torch.get_num_threads())
+    with torch.no_grad():
+        assert layers.rows_in_cache(expected) == 3
+        torch.testing.assert_close(layer(x), expected)
+        halfway = layer.solve(x, ISTA(3))
+        torch.testing.assert_close(layer.solve(x, ISTA(4), start=halfway), layer.trace(x, 7, ISTA).codes[-1])
+    assert layers.rows_in_cache(expected) is None  # a graph has to hold every step anyway
+
+
+@pytest.mark.parametrize("gradient", ["unroll", "checkpoint", "last"])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", ["dense", "conv", "joint"])
+def test_a_fixed_depth_never_waits_for_the_device(kind, train, gradient):
+    # A tensor on the meta device has no value that the host could ask for.
+    model, x = network(kind, solver=FISTA(4, restart=True, gradient=gradient))
+    model, x = model.train(train).to("meta"), x.to("meta")
+    model(x).sum().backward()
+    with torch.no_grad():
+        model(x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_channels_last_images_give_channels_last_codes(train):
+    layer = conv(3, 8, solver=FISTA(3)).train(train)
+    x = torch.randn(2, 3, 8, 8)
+    expected = copy.deepcopy(layer)(x)
+    got = layer(x.to(memory_format=torch.channels_last))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("make,shape", [(dense, (3, 6)), (conv, (3, 2, 5, 4))])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trace_says_how_near_its_codes_are(name, make, shape):
+    layer, x = make(name=name).double().eval(), signals(*shape)
+    trace = layer.trace(x, 40, FISTA)
+    assert len(trace.codes) == 40
+    minimum = layer.objective(x, layer.reference(x, tol=1e-12, max_steps=3000))
+    for k, z in enumerate(trace.codes):
+        assert torch.equal(trace.objective[k], layer.objective(x, z))
+        assert (trace.objective[k] * (1 - trace.gap[k]) <= minimum + 1e-12).all()
+        moved = layer.solve(x, ISTA(1), start=z) - z
+        torch.testing.assert_close(trace.residual[k], moved.flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1))
+        assert trace.support_size[k].tolist() == [int(code.count_nonzero()) for code in z]
+        before = trace.codes[k - 1] if k else torch.zeros_like(z)
+        changed = [int(((a != 0) != (b != 0)).sum()) for a, b in zip(before, z, strict=True)]
+        assert trace.support_change[k].tolist() == changed
+    assert (trace.gap[-1] < trace.gap[0] / 4).all()
+
+
+def test_a_trace_has_no_gap_where_none_is_defined():
+    x = signals(3, 6)
+    assert dense(bias=True).double().trace(x, 2).gap is None
+    layer = SparseCoding(DenseDictionary(6, 8), create_activation("hard", -1, threshold=0.1)).double()
+    assert layer.trace(x, 2).gap is None and layer.trace(x, 2).objective.isfinite().all()
+    layer = SparseCoding(DenseDictionary(6, 8), create_activation("gelu", -1)).double()
+    trace = layer.trace(x, 2)
+    assert trace.gap is None and trace.residual.shape == (2, 3)
+    with pytest.raises(TypeError, match="no prox: it has no penalty"):
+        _ = trace.objective
+
+
+def test_a_trace_is_of_the_layer_s_own_kind_of_solver_and_takes_all_its_steps():
+    x = signals(3, 6)
+    layer = dense(solver=FISTA(50, tol=0.5, restart=True, gradient="implicit")).double().eval()
+    codes = layer.trace(x, 20).codes
+    assert len(codes) == 20
+    assert torch.equal(codes[-1], layer.solve(x, FISTA(20, restart=True)))
 
 
 def test_decode_is_synthesis_at_the_size_of_the_signal():
@@ -216,13 +298,13 @@ def test_every_final_code_passes_its_layer_once(joint):
     assert len(seen) == 3
 
 
-def network(kind, name="group_relu"):
-    arguments = {"name": name, "bias": True, "solver": FISTA(3, restart=True), "step": "learned"}
+def network(kind, name="group_relu", solver=None):
+    arguments = {"name": name, "bias": True, "solver": solver or FISTA(3, restart=True), "step": "learned"}
     return {
         "dense": lambda: (dense(**arguments), torch.randn(3, 6)),
         "conv": lambda: (conv(stride=2, **arguments), torch.randn(3, 2, 8, 7)),
         "greedy": lambda: (chain(False, 2, bias=True), torch.randn(3, 2, 8, 8)),
-        "joint": lambda: (chain(True, 2, bias=True), torch.randn(3, 2, 8, 8)),
+        "joint": lambda: (chain(True, 2, solver, bias=True), torch.randn(3, 2, 8, 8)),
     }[kind]()
 
 

@@ -157,7 +157,8 @@ def test_restart_is_decided_for_each_signal_alone():
 def test_reference_reaches_its_tolerance_and_no_more_steps_than_allowed(name):
     layer, x = dense(name), signals(5, 10)
     assert relative_error(layer.reference(x), solved(layer, x)) < 1e-6
-    assert torch.equal(layer.reference(x, tol=0, max_steps=100), layer.solve(x, FISTA(100, restart=True)))
+    with torch.no_grad():
+        assert torch.equal(layer.reference(x, tol=0, max_steps=100), layer.solve(x, FISTA(100, restart=True)))
     assert torch.equal(layer.reference(torch.zeros_like(x)), torch.zeros(5, 20))
 
 
@@ -209,7 +210,7 @@ def stopping(name="soft", kind=dense, **kwargs):
 
 
 @pytest.mark.parametrize("restart", [False, True])
-@pytest.mark.parametrize("tol", [1e-2, 1e-5])
+@pytest.mark.parametrize("tol", [1e-2, 1e-4])
 @pytest.mark.parametrize("kind", [dense, conv])
 def test_a_solve_stops_at_the_first_small_step(kind, tol, restart):
     layer, x, z, record = stopping(kind=kind, tol=tol, restart=restart)
@@ -217,7 +218,7 @@ def test_a_solve_stops_at_the_first_small_step(kind, tol, restart):
     assert (fixed_point_residual(z, layer.solve(x, ISTA(1), start=z)) <= tol).all()
     # The measure is that of the last step, from the point it started from: for ISTA, the code before.
     record = []
-    layer.solve(x, ISTA(2000, tol=tol), record)
+    layer.solve(x, ISTA(20_000, tol=tol), record)
     moves = torch.stack([fixed_point_residual(b, a).amax() for a, b in pairwise(record)])
     assert moves[-1] <= tol and (moves[:-1] > tol).all()
 
