@@ -20,7 +20,7 @@ et al. 2020, arXiv 2002.08943 (implicit differentiation, on the support of the l
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 Gradient = Literal["unroll", "checkpoint", "last", "implicit"]
 Step = Callable[[Tensor], Tensor]
+Codes = TypeVar("Codes", Tensor, list[Tensor])
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}  # relative residual of the adjoint system
 MAX_PRODUCTS = 1000
@@ -45,7 +46,7 @@ class ProximalStep:
         return self.shrink(self.descend(z))
 
 
-def checkpointed(step: Step) -> Step:
+def checkpointed(step: Callable[[Tensor], Codes]) -> Callable[[Tensor], Codes]:
     """The same step, which keeps its input alone and is computed again in the backward pass."""
     return lambda z: checkpoint(step, z, use_reentrant=False, preserve_rng_state=False)
 

@@ -1,9 +1,9 @@
 """`SparseCoding`, a dictionary, a prox and a solver as one layer; `DeepSparseCoding`, several of them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise, repeat
 from typing import ClassVar, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsc.certificates import fixed_point_residual, relative_duality_gap
 from dsc.dictionaries import Dictionary
-from dsc.gradients import ProximalStep
+from dsc.gradients import ProximalStep, checkpointed
 from dsc.prox import Prox
 from dsc.shrinkage import Threshold
 from dsc.solvers import FISTA, ISTA, Measure
@@ -281,15 +281,20 @@ class DeepSparseCoding(nn.Module):
 
     def solve(self, x: Tensor, solver: ISTA | None = None, record: list[Tensor] | None = None) -> list[Tensor]:
         """Codes by the joint iteration; `record` receives the deepest code after every step."""
+        solver = solver or self.solver
         steps = [layer.step_size() for layer in self]
         codes, sizes = self._first(x, steps)
 
+        sweep: Callable[[Tensor], list[Tensor]] = partial(self._sweep, x, steps=steps, sizes=sizes)
+        if solver.gradient == "checkpoint":  # of what returns all codes, and not of what only leaves them behind
+            sweep, solver = checkpointed(sweep), replace(solver, gradient="unroll")
+
         def joint_step(deepest: Tensor) -> Tensor:
-            codes[:] = self._sweep(x, deepest, steps, sizes)
+            codes[:] = sweep(deepest)
             return codes[-1]
 
-        (solver or self.solver).solve(codes[-1], joint_step, record)
-        return list(codes)  # a checkpointed step comes here once more
+        solver.solve(codes[-1], joint_step, record)
+        return codes
 
     def _first(self, x: Tensor, steps: list[Threshold]) -> tuple[list[Tensor], list[torch.Size]]:
         below, codes, sizes = x, [], []

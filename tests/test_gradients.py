@@ -254,18 +254,17 @@ def test_an_implicit_gradient_from_a_start_is_that_at_the_last_step(steps):
     torch.testing.assert_close(got, expected)
 
 
+def chain(gradient, steps):
+    torch.manual_seed(0)
+    layers = [
+        SparseCoding(ConvDictionary(1, 2, 2), create_activation("soft", threshold=0.05)),
+        SparseCoding(ConvDictionary(2, 3, 2), create_activation("relu", threshold=0.01)),
+    ]
+    return DeepSparseCoding(layers, FISTA(steps, gradient=gradient), joint=True).double().eval()
+
+
 @pytest.mark.parametrize("gradient", ["unroll", "checkpoint", "last"])
 def test_modes_of_a_joint_chain(gradient):
-    torch.manual_seed(0)
-
-    def chain(gradient, steps):
-        torch.manual_seed(0)
-        layers = [
-            SparseCoding(ConvDictionary(1, 2, 2), create_activation("soft", threshold=0.05)),
-            SparseCoding(ConvDictionary(2, 3, 2), create_activation("relu", threshold=0.01)),
-        ]
-        return DeepSparseCoding(layers, FISTA(steps, gradient=gradient), joint=True).double().eval()
-
     x = torch.randn(2, 1, 5, 5).double()
     plain, other = chain("unroll", 5), chain(gradient, 5)
     for a, b in zip(other.codes(x), plain.codes(x), strict=True):
@@ -277,6 +276,15 @@ def test_modes_of_a_joint_chain(gradient):
         assert all(g.any() for g in grads[1])
     else:
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_checkpointed_chain_compiles_without_a_break():
+    torch.manual_seed(0)
+    deep = chain("checkpoint", 3).float()
+    x = torch.randn(2, 1, 5, 5)
+    torch.compiler.reset()
+    compiled = torch.compile(deep, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradients(deep, x, compiled), gradients(deep, x))
 
 
 @pytest.mark.parametrize("gradient", ["checkpoint", "last"])
