@@ -23,7 +23,7 @@ from dsc.penalties import Penalty, penalty_of
 from dsc.prox import Prox
 
 GREEDY_STEPS = 32
-WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384)
 ENTRIES = 2**24  # of the supports' Gram matrices held at once
 STALLED_BELOW = {torch.float32: 1e-3, torch.float64: 1e-10}
 RIDGE = {torch.float32: 1e-6, torch.float64: 1e-11}  # relative

@@ -22,6 +22,7 @@ ROUNDS = 30  # of the active-set method; as many again in double precision
 STEPS, BLOCKS = FISTA(50, restart=True), 400  # between two looks at the duality gaps, and how many such blocks
 FIRST_BLOCKS, COARSE = 2, 1e-8  # of those, before the active-set method, with groups, for tolerances from this on
 NEAR = 0.1  # relative gap of a code worth starting from
+MOST_ATOMS = 2**14  # whose Gram matrix, of 1 GiB in single precision, the active-set method takes
 CODES_AT_ONCE = 2**22  # entries, a thread
 FEWEST_SIGNALS = 128  # that are worth a thread
 
@@ -68,8 +69,8 @@ def sparse_encode(
         TypeError: a prox whose penalty is not convex: nothing certifies a solution.
 
     A dense dictionary is served by the active-set method of `dsc.active_set`, whose cost follows the supports (with
-    groups, and unless tol is below 1e-8, after a hundred steps of FISTA); any other by FISTA with restart, which
-    certified signals leave.
+    groups, and unless tol is below 1e-8, after a hundred steps of FISTA); any other, and one of more than 16,384 atoms,
+    by FISTA with restart, which certified signals leave.
     """
     if not (isinstance(tol, int | float) and 0 < tol < 1):
         raise ValueError(f"tol, a relative duality gap, must lie between 0 and 1 (such as 1e-4), got {tol!r}")
@@ -159,6 +160,8 @@ def _check_finite(name: str, values: Tensor) -> None:
 
 
 def _encode_dense(x: Tensor, atoms: Tensor, omega: Prox, tol: float) -> tuple[Tensor, Tensor]:
+    if len(atoms) > MOST_ATOMS:
+        return _encode_by_steps(x, _coder(atoms, omega), tol)
     if omega.is_grouped and tol >= COARSE:  # greedy steps are dear with groups: what FISTA soon certifies needs none
         codes, gaps = _by_steps(x, _coder(atoms, omega), tol, FIRST_BLOCKS)
     else:

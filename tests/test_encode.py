@@ -599,3 +599,13 @@ def test_signals_of_another_precision_than_the_module(make):
     expected = sparse_encode(x.float(), dictionary, 0.2)
     assert z.dtype == torch.float64
     torch.testing.assert_close(z.float(), expected, rtol=0, atol=1e-2)
+
+
+def test_a_dictionary_too_large_for_its_gram_matrix_is_solved_by_steps(monkeypatch):
+    x, dictionary = problem("overcomplete", 5)
+    expected = sparse_encode(x, dictionary, 0.2, tol=1e-10)
+    monkeypatch.setattr(dsc.encode, "MOST_ATOMS", 1)
+    monkeypatch.setattr(dsc.encode, "ActiveSet", None)
+    z, gaps = sparse_encode(x, dictionary, 0.2, tol=1e-10, return_gap=True)
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-4)
+    assert gaps.max() <= 1e-10
