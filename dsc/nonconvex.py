@@ -81,7 +81,7 @@ class TopK(Prox):
         return torch.zeros_like(z)
 
     def infeasible(self, z: Tensor) -> Tensor:
-        return super().infeasible(z) | _more_than(self.k, z != 0, self.dim)
+        return _more_than(self.k, z != 0, self.dim, super().infeasible(z))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self.k}, nonneg={self.nonneg}"
@@ -116,14 +116,16 @@ class GroupTopK(Grouped):
 
     def infeasible(self, z: Tensor) -> Tensor:
         groups, inner = self.grouped(z)
-        return super().infeasible(z) | _more_than(self.k, (groups != 0).any(inner, keepdim=True), inner - 1)
+        return _more_than(self.k, (groups != 0).any(inner, keepdim=True), inner - 1, super().infeasible(z))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self.k}, nonneg={self.nonneg}"
 
 
-def _more_than(k: int, active: Tensor, dim: int) -> Tensor:
-    return (active.sum(dim, keepdim=True) > k).flatten(1).any(1)
+def _more_than(k: int, active: Tensor, dim: int, infeasible: Tensor | None) -> Tensor:
+    # Which signals have more than k active entries anywhere, or are infeasible already.
+    more = (active.sum(dim, keepdim=True) > k).flatten(1).any(1)
+    return more if infeasible is None else more | infeasible
 
 
 def _l0_threshold(threshold: Threshold) -> Threshold:

@@ -80,7 +80,8 @@ class Prox(nn.Module):
             value = (threshold * norm).flatten(1).sum(1, dtype=dtype)
         else:
             value = threshold * norm.flatten(1).sum(1, dtype=dtype)
-        return value.masked_fill(self.infeasible(z), torch.inf) if self.nonneg else value
+        infeasible = self.infeasible(z)
+        return value if infeasible is None else value.masked_fill(infeasible, torch.inf)
 
     def gauge(self, c: Tensor) -> Tensor:
         """Smallest ν ≥ 0 with ``conjugate(c/ν)`` finite, of each signal: shape (batch,).
@@ -123,9 +124,9 @@ class Prox(nn.Module):
         """Ω by entry (or by group, where its dim is (groups, 1)), wherever z is feasible."""
         raise TypeError(f"{self._title()} is no prox: it has no penalty")
 
-    def infeasible(self, z: Tensor) -> Tensor:
-        """Which signals have an infinite penalty: bool (batch,), or () where none can have."""
-        return (z < 0).flatten(1).any(1) if self.nonneg else z.new_zeros((), dtype=torch.bool)
+    def infeasible(self, z: Tensor) -> Tensor | None:
+        """Which signals have an infinite penalty: bool (batch,), or None where none can have."""
+        return (z < 0).flatten(1).any(1) if self.nonneg else None
 
     def polar(self, c: Tensor) -> Tensor:
         """Ω°(c), the smallest ν ≥ 0 with c/ν in the domain of Ω's conjugate, by entry (or by group, as `norm`).
