@@ -10,7 +10,7 @@ from dsc.layers import DeepSparseCoding, SparseCoding
 from dsc.learned import ALISTA, LISTA, LISTACP, SupportSelection, analytic_weights
 from dsc.models import create_model, list_models, load
 from dsc.observe import Observer
-from dsc.solvers import FISTA, ISTA
+from dsc.solvers import FISTA, ISTA, ConvergenceWarning
 
 __version__ = version("deep-sparse-coding")
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "LISTA",
     "LISTACP",
     "ConvDictionary",
+    "ConvergenceWarning",
     "DeepSparseCoding",
     "DenseDictionary",
     "DictionaryLearning",
