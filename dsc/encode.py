@@ -120,12 +120,10 @@ def _convex_prox(prox: str | Prox, threshold: Any, arguments: dict[str, Any], si
         raise ValueError(f"give the threshold λ > 0 of {prox!r}: sparse_encode(x, dictionary, threshold=0.1)")
     if threshold is not None and not isinstance(threshold, int | float):
         threshold = torch.as_tensor(threshold).to(signals)
-    if threshold is not None and not (torch.as_tensor(threshold) > 0).all():
-        raise ValueError(f"threshold must be above 0 (with 0 the problem is least squares), got {threshold}")
-    omega = copy.deepcopy(create_activation(prox, threshold=threshold, **arguments))
-    if not (torch.as_tensor(omega.threshold) > 0).all():
-        raise ValueError(f"threshold must be above 0 (with 0 the problem is least squares), got {omega.threshold}")
-    return omega
+    value = prox.threshold if isinstance(prox, Prox) else threshold
+    if not (torch.as_tensor(value) > 0).all():
+        raise ValueError(f"threshold must be above 0 (with 0 the problem is least squares), got {value}")
+    return copy.deepcopy(create_activation(prox, threshold=threshold, **arguments))
 
 
 def _check(signals: Tensor, atoms: Tensor, omega: Prox) -> None:
@@ -167,10 +165,10 @@ def _encode_dense(x: Tensor, atoms: Tensor, omega: Prox, tol: float) -> tuple[Te
     else:
         codes, gaps = x.new_zeros(len(x), len(atoms)), x.new_full((len(x),), torch.inf, dtype=torch.float64)
     for dtype in dict.fromkeys((x.dtype, torch.float64)):
-        left = (~(gaps <= tol)).nonzero().squeeze(1)
+        left = _uncertified(gaps, tol)
         if len(left):
             near = gaps[left, None] < NEAR  # single precision may have led astray
-            start = torch.where(near, codes[left], 0).to(dtype)
+            start = torch.where(near, codes[left], 0).to(dtype) if near.any() else None
             better, gaps[left] = _in_parts(ActiveSet(atoms.to(dtype), omega), tol, x[left].to(dtype), start)
             codes[left] = better.to(codes.dtype)
     return codes, gaps
@@ -182,15 +180,16 @@ def _coder(atoms: Tensor, omega: Prox) -> SparseCoding:
     return SparseCoding(dictionary, omega).eval()
 
 
-def _in_parts(solver: ActiveSet, tol: float, x: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def _in_parts(solver: ActiveSet, tol: float, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
     # Signals are independent, and the small operations of a part do not spread over threads: so whole parts do.
     threads = min(torch.get_num_threads(), -(-len(x) // FEWEST_SIGNALS)) if x.device.type == "cpu" else 1
     size = max(1, min(-(-len(x) // threads), CODES_AT_ONCE // len(solver.atoms)))
-    parts, starts = x.split(size), start.split(size)
+    parts = x.split(size)
+    starts = [None] * len(parts) if start is None else start.split(size)
     if threads == 1 or len(parts) == 1:
         return _joined(solver.solve(part, tol, ROUNDS, first) for part, first in zip(parts, starts, strict=True))
 
-    def alone(part: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    def alone(part: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
         torch.set_num_threads(1)  # of this worker; for a new thread it holds until it is set back below
         with torch.no_grad():  # which is a thread's own, too
             return solver.solve(part, tol, ROUNDS, first)
@@ -210,7 +209,7 @@ def _joined(results: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def _encode_by_steps(x: Tensor, coder: SparseCoding, tol: float) -> tuple[Tensor, Tensor]:
     codes, gaps = _by_steps(x, coder, tol, BLOCKS)
-    left = (~(gaps <= tol)).nonzero().squeeze(1)
+    left = _uncertified(gaps, tol)
     if len(left) and x.dtype != torch.float64:
         better, gaps[left] = _by_steps(x[left].double(), coder.double(), tol, BLOCKS, codes[left].double())
         codes[left] = better.to(codes.dtype)
@@ -224,7 +223,7 @@ def _by_steps(
     codes = coder.solve(x, STEPS, start=start)
     gaps = coder.relative_gap(x, codes)
     for _ in range(blocks - 1):
-        open_ = (~(gaps <= tol)).nonzero().squeeze(1)
+        open_ = _uncertified(gaps, tol)
         if len(open_) == 0:
             break
         better = coder.solve(x[open_], STEPS, start=codes[open_])
@@ -235,11 +234,16 @@ def _by_steps(
     return codes, gaps
 
 
+def _uncertified(gaps: Tensor, tol: float) -> Tensor:
+    # A gap that is no number certifies nothing.
+    return (~(gaps <= tol)).nonzero().squeeze(1)
+
+
 def _warn_of(gaps: Tensor, tol: float) -> None:
-    left = ~(gaps <= tol)
-    if left.any():
+    left = len(_uncertified(gaps, tol))
+    if left:
         warnings.warn(
-            f"{int(left.sum())} of {len(gaps)} signals have not reached the relative duality gap tol={tol:g}: "
+            f"{left} of {len(gaps)} signals have not reached the relative duality gap tol={tol:g}: "
             f"the farthest is at {float(gaps.max()):.2g}",
             ConvergenceWarning,
             stacklevel=4,

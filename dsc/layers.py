@@ -138,7 +138,7 @@ class SparseCoding(nn.Module):
         return step.detach() if solver.gradient == "implicit" else step
 
     def _gap_of(self, x: Tensor) -> Measure | None:
-        if self.bias is not None or not self.prox.is_convex:
+        if not self.has_gap:
             return None
         return lambda z: self.relative_gap(x, z)
 
@@ -157,6 +157,11 @@ class SparseCoding(nn.Module):
             bias = self.bias.reshape(-1, *[1] * self._dims_behind(z))
             value = value - (bias * z).flatten(1).sum(1)
         return value
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether the duality gap is defined: for a convex penalty, without a bias."""
+        return self.bias is None and self.prox.is_convex
 
     @torch.no_grad()
     def relative_gap(self, x: Tensor, z: Tensor) -> Tensor:
@@ -218,7 +223,7 @@ class Trace:
     @cached_property
     def gap(self) -> Tensor | None:
         """Relative duality gap; None where it is not defined: with a bias, or unless the penalty is convex."""
-        if self.layer.bias is not None or not self.layer.prox.is_convex:
+        if not self.layer.has_gap:
             return None
         return torch.stack([self.layer.relative_gap(self.x, z) for z in self.codes])
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from dsc.dictionaries import DenseDictionary, Dictionary
 from dsc.layers import SparseCoding, Trace
-from dsc.prox import Prox
+from dsc.prox import Prox, inverse_softplus
 from dsc.solvers import ISTA, iterate
 
 Initial = Literal["ista", "analytic"]
@@ -94,7 +94,7 @@ class LearnedSparseCoding(SparseCoding):
             raise ValueError(f"decay is a ratio of thresholds in (0, 1], got {decay}")
         self.decay = decay
         start = _threshold_of(prox) * scale * decay ** torch.arange(steps, dtype=torch.float64)
-        self.raw_thresholds = nn.Parameter(_inverse_softplus(start).to(dictionary.weight.dtype))
+        self.raw_thresholds = nn.Parameter(inverse_softplus(start).to(dictionary.weight.dtype))
 
     @property
     def thresholds(self) -> Tensor:
@@ -210,7 +210,7 @@ class Coupled(LearnedSparseCoding):
             )
         self.selection = selection
         start = torch.full((steps,), scale, dtype=torch.float64)
-        self.raw_gains = nn.Parameter(_inverse_softplus(start).to(dictionary.weight.dtype))
+        self.raw_gains = nn.Parameter(inverse_softplus(start).to(dictionary.weight.dtype))
 
     @property
     def gains(self) -> Tensor:
@@ -355,7 +355,3 @@ def _threshold_of(prox: Prox) -> float:
             f"with threshold={prox.threshold}"
         )
     return float(value)
-
-
-def _inverse_softplus(value: Tensor) -> Tensor:
-    return value + (-(-value).expm1()).log()

@@ -122,7 +122,7 @@ class SparsityMetrics(nn.Module):
 def solving_layers(model: nn.Module) -> dict[str, SparseCoding]:
     """Layers whose steps lead to a minimiser: those of a convex penalty, without the bias of a plain layer."""
     coders = {name: layer.coder for name, layer in sparse_layers(model).items()}
-    return {n: c for n, c in coders.items() if c is not None and c.solves and c.prox.is_convex and c.bias is None}
+    return {n: c for n, c in coders.items() if c is not None and c.solves and c.has_gap}
 
 
 Curves = dict[str, dict[str, Tensor]]

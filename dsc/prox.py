@@ -49,7 +49,7 @@ class Prox(nn.Module):
         if learn:
             if (value == 0).any():
                 raise ValueError("a learnable threshold starts above 0 (it is a softplus): give threshold > 0")
-            self.raw_threshold = nn.Parameter(value + (-(-value).expm1()).log())  # the inverse of softplus
+            self.raw_threshold = nn.Parameter(inverse_softplus(value))
         elif isinstance(given, int | float):
             self.fixed_threshold = float(given)
         else:
@@ -368,6 +368,11 @@ def _sparse_group_polar(groups: Tensor, r: float) -> Tensor:
     energy = spread + k * mean.square()
     root = ((1 - r) ** 2 * energy - r**2 * k * spread).clamp_min(0).sqrt()
     return largest * energy / (r * k * mean + root).clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def inverse_softplus(value: Tensor) -> Tensor:
+    """The number whose softplus is `value`, for values above 0."""
+    return value + (-(-value).expm1()).log()
 
 
 def _ratio(l1_ratio: float) -> float:
