@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from dsc.activations import activation_factory, create_activation, list_activations
+from dsc.catalogue import ModelInfo, describe_model, describe_models
 from dsc.dictionaries import ConvDictionary, DenseDictionary
 from dsc.dictionary_learning import DictionaryLearning
 from dsc.encode import sparse_encode
@@ -24,6 +25,7 @@ __all__ = [
     "DeepSparseCoding",
     "DenseDictionary",
     "DictionaryLearning",
+    "ModelInfo",
     "Observer",
     "SparseCoding",
     "SupportSelection",
@@ -31,6 +33,8 @@ __all__ = [
     "analytic_weights",
     "create_activation",
     "create_model",
+    "describe_model",
+    "describe_models",
     "list_activations",
     "list_models",
     "load",

@@ -1,4 +1,4 @@
-"""The command line: `dsc train` (configuration → fit → test → report), `dsc evaluate` and `dsc reproduce`."""
+"""The command line: `dsc train` (configuration → fit → test → report), `models`, `evaluate` and `reproduce`."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from dsc import hub, report, runs
+from dsc import catalogue, hub, report, runs
 from dsc._names import unknown
 from dsc.data import ImageData
 from dsc.reproduce import EXPERIMENTS, results
@@ -148,8 +148,9 @@ def _fit_and_report(cli: CLI) -> dict[str, Any] | None:
     trainer.fit(task, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
     checkpoints = trainer.checkpoint_callback
     assert isinstance(checkpoints, ModelCheckpoint)
-    best = torch.load(checkpoints.best_model_path, weights_only=True, map_location="cpu")
-    task.load_state_dict(best["state_dict"])
+    if checkpoints.best_model_path:  # a run that ends before its first validation keeps its last weights
+        best = torch.load(checkpoints.best_model_path, weights_only=True, map_location="cpu")
+        task.load_state_dict(best["state_dict"])
     config = yaml.safe_load((cli.run_dir / "config.yaml").read_text())
     summary = report.finish(cli.run_dir, task, cli.datamodule, config)
     print(f"\n{report.text(summary)}\n\nweights, pictures and logs: {cli.run_dir}")
@@ -225,10 +226,25 @@ def reproduce(args: Sequence[str]) -> None:
     print(f"\n{found.table}\n\nfigures, table and picture: {folder}")
 
 
+def models(args: Sequence[str]) -> None:
+    """List models: family, parameters, multiply-accumulates of one image with all steps, stages, pretrained tags."""
+    parser = ArgumentParser(prog="dsc models", description=models.__doc__)
+    parser.add_argument(
+        "pattern", nargs="?", default="*", help="shell pattern of our names; where none fits, of timm's"
+    )
+    found = catalogue.describe_models(parser.parse_args(args).pattern)
+    print(report.table(catalogue.HEADER, [row.cells() for row in found]))
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {"train": train, "evaluate": evaluate, "reproduce": reproduce}
+COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
+    "train": train,
+    "models": models,
+    "evaluate": evaluate,
+    "reproduce": reproduce,
+}

@@ -6,15 +6,15 @@ weights are a dictionary and the other way round.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsc import measures
+from dsc import measures, spectra
 
 SAFETY = 1.05  # a power iteration approaches L from below; the margin covers what is missing
-FINE_GRID_BELOW = 2**15  # weights
 
 GradientStep = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -25,6 +25,9 @@ class Dictionary(nn.Module):
     `curvature()` is what step sizes are made of. While training it follows ``L = ‖D‖²`` by one power iteration a
     call (weights move little between steps) and passes gradients to the weights; in evaluation it is the
     certified bound `lipschitz()`, computed once after the weights changed.
+
+    A subclass defines `synthesize`, `analyze` and `lipschitz`. It may define a faster `gradient_step`, and the
+    `_symbol` that power iterations need; without that, training computes `lipschitz()` itself at each call.
     """
 
     weight: nn.Parameter
@@ -36,16 +39,18 @@ class Dictionary(nn.Module):
         self.weight = nn.Parameter(weight)
         self.normalize_()
         with torch.no_grad():
-            real, _ = self._symbol()
-            probe = torch.randn(real.shape[0], real.shape[2], 2, dtype=weight.dtype)
-        self.register_buffer("probe", probe)  # a complex vector a frequency, as (real, imaginary)
-        self.register_buffer("bound", torch.ones(()), persistent=False)
-        self._measured: tuple[Tensor, tuple[int, int, torch.dtype]] | None = None
-        self.register_load_state_dict_post_hook(lambda module, keys: None if module.training else module._refresh())
-        with torch.no_grad():
             symbol = self._symbol()
-            for _ in range(20):
-                self._power_iteration(*symbol)
+        if symbol is not None:
+            real = symbol[0]
+            probe = torch.randn(real.shape[0], real.shape[2], 2, dtype=weight.dtype)
+            self.register_buffer("probe", probe)  # a complex vector a frequency, as (real, imaginary)
+        self.register_buffer("bound", torch.ones(()), persistent=False)
+        # Whether evaluation mode computes the bound ahead, so that a compiled program finds it: it costs seconds for a
+        # large dictionary, and layers whose step is a number never ask for it.
+        self.bound_ahead = False
+        self._measured: tuple[Tensor, tuple[int, int, torch.dtype]] | None = None
+        self.register_load_state_dict_post_hook(lambda module, keys: module._evaluated())
+        self._settle_probe()
 
     @property
     def num_atoms(self) -> int:
@@ -66,13 +71,20 @@ class Dictionary(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} defines no analysis")
 
+    def drive(self, x: Tensor, step: float | Tensor, bias: Tensor | None = None) -> Tensor:
+        """``s(Dᵀx + b)``, where s is one number and b a value an atom."""
+        correlations = self.analyze(x)
+        if bias is not None:
+            correlations = correlations + bias.reshape(-1, *[1] * (self.weight.ndim - 2))
+        return step * correlations
+
     def gradient_step(self, step: float | Tensor, signals: Tensor, bias: Tensor | None = None) -> GradientStep:
         """The function ``(z, x, s(Dᵀx + b)) ↦ z + s(Dᵀ(x − Dz) + b)``; what its uses share is computed here, once.
 
         `step` is s, one number; `signals` are those to be coded, of which the x to come may be parts; `bias` is b, a
         value an atom.
         """
-        raise TypeError(f"{type(self).__name__} defines no gradient step")
+        return lambda z, x, driven: z + driven - step * self.analyze(self.synthesize(z, x.shape[-2:]))
 
     def lipschitz(self) -> Tensor:
         """Upper bound of ``‖D‖²``, the Lipschitz constant of the gradient of ``½‖x − Dz‖²``."""
@@ -84,14 +96,26 @@ class Dictionary(nn.Module):
             self._refresh()
             return self.bound
         symbol = self._symbol()
+        if symbol is None:
+            return self.lipschitz()
         with torch.no_grad():
             self._power_iteration(*symbol)
         # A clone: the next call moves the probe in place, while this graph may still wait for its backward.
         return SAFETY * _apply(*symbol, self.probe.clone()).square().sum((1, 2)).max()
 
-    def _symbol(self) -> tuple[Tensor, Tensor | None]:
-        """Real and imaginary part (None for zero) of the matrices D splits into: (frequencies, atoms, channels)."""
-        raise TypeError(f"{type(self).__name__} defines no symbol")
+    def _symbol(self) -> tuple[Tensor, Tensor | None] | None:
+        """Real and imaginary part (None for zero) of the matrices D splits into: (frequencies, atoms, channels).
+
+        None where there are no such matrices to iterate with.
+        """
+        return None
+
+    @torch.no_grad()
+    def _settle_probe(self) -> None:
+        symbol = None if self.weight.is_meta else self._symbol()
+        if symbol is not None:
+            for _ in range(20):
+                self._power_iteration(*symbol)
 
     def _power_iteration(self, real: Tensor, imaginary: Tensor | None) -> None:
         image = _apply(real.mT, None if imaginary is None else -imaginary.mT, _apply(real, imaginary, self.probe))
@@ -99,7 +123,8 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        if torch.compiler.is_compiling():  # `train` and loading weights refreshed the bound before
+        # When compiled, `train` and loading weights refreshed the bound before; meta weights have none.
+        if torch.compiler.is_compiling() or self.weight.is_meta:
             return
         if self.weight.is_inference() or not self._is_current():
             self.bound.copy_(self.lipschitz() * (1 + 4 * torch.finfo(self.weight.dtype).eps))
@@ -116,9 +141,12 @@ class Dictionary(nn.Module):
         super().train(mode)
         if mode:
             self._measured = None  # whatever training does to the weights, evaluation measures them anew
-        else:
-            self._refresh()
+        self._evaluated()
         return self
+
+    def _evaluated(self) -> None:
+        if self.bound_ahead and not self.training:
+            self._refresh()
 
     @torch.no_grad()
     def normalize_(self) -> "Dictionary":
@@ -146,6 +174,21 @@ class DenseDictionary(Dictionary):
         self.num_features = num_features
         super().__init__(torch.randn(num_atoms, num_features))
 
+    @classmethod
+    def from_atoms(cls, atoms: Tensor) -> Self:
+        """The dictionary of these atoms, (atoms, features), copied as they are, of any norm.
+
+        The global random stream stays where it is. Raises ValueError for another shape.
+        """
+        if atoms.ndim != 2:
+            raise ValueError(f"atoms must be (atoms, features), atoms as rows, got shape {tuple(atoms.shape)}")
+        with torch.random.fork_rng(devices=[]):
+            dictionary = cls(atoms.shape[1], atoms.shape[0]).to(atoms)
+        with torch.no_grad():
+            dictionary.weight.copy_(atoms)
+        dictionary._settle_probe()
+        return dictionary
+
     def _symbol(self) -> tuple[Tensor, None]:
         return self.weight.unsqueeze(0), None
 
@@ -157,6 +200,10 @@ class DenseDictionary(Dictionary):
         _check_shape("signals", x, -1, self.num_features)
         return F.linear(x, self.weight)
 
+    def drive(self, x: Tensor, step: float | Tensor, bias: Tensor | None = None) -> Tensor:
+        _check_shape("signals", x, -1, self.num_features)
+        return F.linear(x, *_scaled(step, self.weight, bias))
+
     def gram(self) -> Tensor:
         """``DᵀD``, shape (atoms, atoms)."""
         return self.weight @ self.weight.mT
@@ -166,8 +213,8 @@ class DenseDictionary(Dictionary):
         if self.gram_is_cheaper(signals):
             turn = torch.eye(self.num_atoms, dtype=weight.dtype, device=weight.device) - step * self.gram()
             return lambda z, x, driven: torch.addmm(_rows(driven), _rows(z), turn).view(z.shape)
-        back = (step * weight).mT
-        shift = None if bias is None else step * bias
+        scaled, shift = _scaled(step, weight, bias)
+        back = scaled.mT
 
         def by_residual(z: Tensor, x: Tensor, driven: Tensor) -> Tensor:
             residual = torch.addmm(_rows(x), _rows(z), weight, alpha=-1)
@@ -225,10 +272,13 @@ class ConvDictionary(Dictionary):
         _check_shape("signals", x, -3, self.weight.shape[1])
         return self._analyze(x, self._kernel())
 
+    def drive(self, x: Tensor, step: float | Tensor, bias: Tensor | None = None) -> Tensor:
+        _check_shape("signals", x, -3, self.weight.shape[1])
+        return self._analyze(x, *_scaled(step, self._kernel(), bias))
+
     def gradient_step(self, step: float | Tensor, signals: Tensor, bias: Tensor | None = None) -> GradientStep:
         kernel = self._kernel()
-        scaled = step * kernel  # so that no step has to scale its correlations
-        shift = None if bias is None else step * bias
+        scaled, shift = _scaled(step, kernel, bias)
 
         def by_residual(z: Tensor, x: Tensor, driven: Tensor) -> Tensor:
             residual = x - self._synthesize(z, x.shape[-2:], kernel)
@@ -280,37 +330,15 @@ class ConvDictionary(Dictionary):
         return F.pixel_unshuffle(F.pad(self.weight, (0, grown, 0, grown)), self.stride)
 
     def lipschitz(self) -> Tensor:
-        """``max_ω λ_max(Ŵ(ω)ᴴŴ(ω))`` over a grid, with the bound for what lies between its points.
+        """``max_ω λ_max(Ŵ(ω)ᴴŴ(ω))``, see `dsc.spectra.squared_norm_bound`.
 
         Zero-padded or cropped images of any size have a smaller norm than the infinite image that this symbol
-        describes. Each ``vᴴĜ(ω)v`` is a trigonometric polynomial of degree k' − 1, so its maximum is at most
-        ``1/cos(π(k' − 1)/N)`` times that on an N-point grid, once a dimension (Ehlich and Zeller 1964).
+        describes.
         """
-        kernel = self.polyphase().float()
-        degree = kernel.shape[-1] - 1
-        points = max(1, 16 * degree)
-        symbol = torch.fft.rfft2(kernel, s=(points, points)).permute(2, 3, 0, 1).flatten(0, 1)
-        symbol = symbol if symbol.shape[1] >= symbol.shape[2] else symbol.mH
-        largest = torch.linalg.eigvalsh(symbol.mH @ symbol)[:, -1].max()
-        rounding = 1 + 1e-5  # of the single-precision eigenvalues
-        return (rounding * largest / math.cos(math.pi * degree / points) ** 2).to(self.weight.dtype)
+        return spectra.squared_norm_bound(self.polyphase()).to(self.weight.dtype)
 
     def _symbol(self) -> tuple[Tensor, Tensor]:
-        kernel = self.polyphase()
-        side = kernel.shape[-1]
-        # A real kernel needs half of the frequencies. Between them the symbol is smooth; that of a small dictionary
-        # has sharper peaks, and can afford a finer grid.
-        half = 2 * side if kernel.numel() < FINE_GRID_BELOW else side
-        device = self.weight.device
-        rows, columns = torch.meshgrid(
-            torch.arange(2 * half, device=device), torch.arange(half + 1, device=device), indexing="ij"
-        )
-        tap = torch.arange(side, device=device)
-        taps = torch.cartesian_prod(tap, tap).to(self.weight)
-        angle = torch.stack([rows.flatten(), columns.flatten()], 1).to(self.weight) @ taps.mT * (math.pi / half)
-        waves = torch.cat([angle.cos(), angle.sin()])
-        real, imaginary = (waves @ kernel.permute(2, 3, 0, 1).flatten(2).flatten(0, 1)).chunk(2)
-        return real.unflatten(1, kernel.shape[:2]), imaginary.unflatten(1, kernel.shape[:2])
+        return spectra.sampled_symbol(self.polyphase())
 
     def atoms(self) -> Tensor:
         """Atoms as images, (atoms, channels, kernel_size, kernel_size)."""
@@ -319,6 +347,13 @@ class ConvDictionary(Dictionary):
     def extra_repr(self) -> str:
         atoms, channels = self.weight.shape[:2]
         return f"{channels}, {atoms}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+def _scaled(step: float | Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    # The step goes into the map, which is smaller than what comes out of it.
+    if isinstance(step, float) and step == 1:
+        return weight, bias
+    return step * weight, None if bias is None else step * bias
 
 
 def _rows(z: Tensor) -> Tensor:

@@ -175,9 +175,7 @@ def _encode_dense(x: Tensor, atoms: Tensor, omega: Prox, tol: float) -> tuple[Te
 
 
 def _coder(atoms: Tensor, omega: Prox) -> SparseCoding:
-    dictionary = DenseDictionary(atoms.shape[1], atoms.shape[0]).to(atoms)
-    dictionary.weight.copy_(atoms)
-    return SparseCoding(dictionary, omega).eval()
+    return SparseCoding(DenseDictionary.from_atoms(atoms), omega).eval()
 
 
 def _in_parts(solver: ActiveSet, tol: float, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:

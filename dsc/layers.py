@@ -65,6 +65,7 @@ class SparseCoding(nn.Module):
         self.dictionary, self.prox = dictionary, prox
         self.solver = solver or ISTA()
         self.step = step
+        dictionary.bound_ahead |= isinstance(step, str)
         self._check(self.solver)
         self.relative_step = nn.Parameter(torch.tensor(0.9).logit()) if step == "learned" else None
         self.bias = nn.Parameter(torch.zeros(dictionary.num_atoms)) if bias else None
@@ -85,7 +86,7 @@ class SparseCoding(nn.Module):
         solver = solver or self.solver
         self._check(solver)
         step = self._step_of(solver)
-        driven = self._scale(self.dictionary.analyze(x), step)
+        driven = self.dictionary.drive(x, step, self.bias)
         # From zero the synthesis vanishes: the first step is a plain layer, and the only one may well be.
         if start is None and solver.steps == 1 and solver.gradient != "implicit":
             return solver.solve(self.prox(driven, step), _no_second_step, record)
@@ -102,17 +103,10 @@ class SparseCoding(nn.Module):
         starts = repeat(None) if start is None else start.split(rows)
         return torch.cat([solve_part(*part) for part in zip(x.split(rows), driven.split(rows), starts, strict=False)])
 
-    def descend(self, z: Tensor | None, correlations: Tensor, step: Threshold) -> Tensor:
-        """``prox(z + s(correlations + b), s)``, where None stands for a code of zero."""
-        scaled = self._scale(correlations, step)
-        return self.prox(scaled if z is None else z + scaled, step)
-
-    def _scale(self, correlations: Tensor, step: Threshold) -> Tensor:
-        # s(correlations + b)
-        if self.bias is not None:
-            bias = self.bias.to(correlations.dtype)
-            correlations = correlations + bias.reshape(-1, *[1] * self._dims_behind(correlations))
-        return correlations if isinstance(step, float) and step == 1 else step * correlations
+    def descend(self, z: Tensor | None, residual: Tensor, step: Threshold) -> Tensor:
+        """``prox(z + s(Dᵀ residual + b), s)``, where None stands for a code of zero."""
+        driven = self.dictionary.drive(residual, step, self.bias)
+        return self.prox(driven if z is None else z + driven, step)
 
     def _dims_behind(self, z: Tensor) -> int:
         return z.ndim - 1 - self.prox.dim % z.ndim
@@ -305,7 +299,7 @@ class DeepSparseCoding(nn.Module):
         below, codes, sizes = x, [], []
         for layer, step in zip(self, steps, strict=True):
             sizes.append(below.shape[-2:])
-            below = layer.descend(None, layer.dictionary.analyze(below), step)
+            below = layer.descend(None, below, step)
             codes.append(below)
         return codes, sizes
 
@@ -315,7 +309,7 @@ class DeepSparseCoding(nn.Module):
             estimates.insert(0, layer.decode(estimates[0], size))
         below, codes = x, []
         for layer, step, signal, z in zip(self, steps, estimates[:-1], estimates[1:], strict=True):
-            below = layer.descend(z, layer.dictionary.analyze(below - signal), step)
+            below = layer.descend(z, below - signal, step)
             codes.append(below)
         return codes
 

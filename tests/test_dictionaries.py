@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsc.dictionaries import ConvDictionary, DenseDictionary
+from dsc.dictionaries import ConvDictionary, DenseDictionary, Dictionary
 
 # in_channels, atoms, kernel_size, stride, padding
 CONV = [(1, 2, 1, 1, 0), (1, 4, 3, 1, 0), (2, 3, 3, 1, 2), (3, 5, 5, 1, 2), (2, 4, 3, 2, 1)]
@@ -327,3 +327,45 @@ def test_atoms_are_images_of_the_weights():
     assert torch.equal(images, dense(27, 4).weight.view(4, 3, 3, 3))
     assert dense(16, 4).atoms().shape == (4, 1, 4, 4)
     assert torch.equal(conv(3, 4, 5).atoms(), conv(3, 4, 5).weight)
+
+
+def test_from_atoms_keeps_them_and_the_random_stream():
+    atoms = torch.randn(6, 4).double() * torch.arange(1, 7)[:, None]
+    before = torch.get_rng_state()
+    d = DenseDictionary.from_atoms(atoms)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(d.weight, atoms) and d.weight.dtype == torch.float64 and d.weight is not atoms
+    norm = torch.linalg.matrix_norm(atoms, 2).item() ** 2
+    assert d.train().curvature().item() == pytest.approx(1.05 * norm, rel=0.05)  # follows these atoms from the start
+    assert d.eval().curvature().item() == pytest.approx(norm)
+    with pytest.raises(ValueError, match=r"atoms as rows, got shape \(4,\)"):
+        DenseDictionary.from_atoms(atoms[0])
+
+
+class Plain(Dictionary):
+    """A dense dictionary that leaves to the base class all that it can."""
+
+    def synthesize(self, z, size=None):
+        return z @ self.weight
+
+    def analyze(self, x):
+        return x @ self.weight.mT
+
+    def lipschitz(self):
+        return torch.linalg.matrix_norm(self.weight, 2) ** 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_the_base_class_fills_in(bias):
+    reference = DenseDictionary.from_atoms(torch.randn(6, 4).double())
+    plain = Plain(reference.weight.detach().clone())
+    assert torch.allclose(plain.weight.norm(dim=1), torch.ones(6).double()) and set(plain.state_dict()) == {"weight"}
+    reference.normalize_()
+    x, z, b = torch.randn(3, 4).double(), torch.randn(3, 6).double(), torch.randn(6).double() if bias else None
+    driven = 0.3 * (plain.analyze(x) + (b if bias else 0))
+    moves = [d.gradient_step(0.3, x, b)(z, x, driven) for d in (plain, reference)]
+    torch.testing.assert_close(*moves)
+    for mode in (True, False):
+        assert plain.train(mode).curvature().item() == pytest.approx(plain.lipschitz().item())
+    slope = torch.autograd.grad(plain.train().curvature(), plain.weight)[0]
+    assert slope.abs().max() > 0

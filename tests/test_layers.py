@@ -386,3 +386,13 @@ def test_wrong_steps_are_named(step):
 def test_an_empty_chain_is_refused():
     with pytest.raises(ValueError, match="at least one layer"):
         DeepSparseCoding([])
+
+
+@pytest.mark.parametrize("step, counted", [("lipschitz", 1), ("learned", 1), (0.5, 0)])
+def test_only_layers_that_need_it_compute_the_lipschitz_bound(monkeypatch, step, counted):
+    calls = []
+    monkeypatch.setattr(DenseDictionary, "lipschitz", lambda self: calls.append(self) or torch.tensor(2.0))
+    layer = SparseCoding(DenseDictionary(4, 8), create_activation("soft", -1, threshold=0.1), ISTA(2), step)
+    layer.eval()
+    layer(torch.randn(3, 4))
+    assert len(calls) == counted

@@ -1,28 +1,30 @@
 """The zoo: one file a family, each entry registered with timm, and the one door to all of them."""
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import is_model, split_model_name_tag
+from timm.models import is_model, model_entrypoint, split_model_name_tag
 from torch import nn
 
 from dsc import hub
 from dsc._names import unknown
 from dsc.activations import Activation
-from dsc.models import autoencoder, cnn, transformer
-from dsc.models._build import Act, check_against, take_options
+from dsc.models import autoencoder, cnn, mlp, resnet, speed, transformer
+from dsc.models._build import Act, build, check_against, default_cfgs, sparse_layer, take_options
 from dsc.models.backbones import create_backbone, swap_activations
 
 __all__ = ["create_model", "list_models", "load", "swap_activations"]
+__all__ += ["Act", "build", "default_cfgs", "sparse_layer"]  # for models of your own
 
-FAMILIES = (cnn, transformer, autoencoder)
+FAMILIES = (mlp, cnn, resnet, speed, transformer, autoencoder)
 
 
-def list_models() -> list[str]:
-    """Architectures of this library, sorted; timm's backbones come on top of them."""
-    return sorted({name for family in FAMILIES for name in family.default_cfgs})
+def list_models(pattern: str = "*") -> list[str]:
+    """Architectures of this library that match a shell pattern, sorted; timm's backbones come on top of them."""
+    return sorted({name for family in FAMILIES for name in family.default_cfgs if fnmatch(name, pattern)})
 
 
 def create_model(
@@ -56,6 +58,8 @@ def create_model(
         return _load(folder, given | kwargs)
     if not is_model(architecture):
         raise ValueError(unknown("model", name, [*list_models(), *timm.list_models()])[:400] + " …")
+    if not model_entrypoint(architecture).__module__.startswith("timm."):  # a user's own, which knows its activation
+        return timm.create_model(name, pretrained=pretrained, **given, **kwargs)
     if activation is None:
         if given:
             raise ValueError(f"{', '.join(given)} given without an activation to swap into {name}")

@@ -1,10 +1,10 @@
 """`dsc_cnn`: multi-layer convolutional sparse coding with a linear head."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any
 
-from timm.layers import ClassifierHead
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -13,11 +13,12 @@ from dsc.dictionaries import ConvDictionary
 from dsc.layers import DeepSparseCoding, SparseCoding
 from dsc.models._build import Act, build, sparse_layer
 from dsc.models._build import default_cfgs as make_default_cfgs
-from dsc.solvers import create_solver
+from dsc.models._heads import MapClassifier
+from dsc.solvers import ISTA, create_solver
 
 
-class DSCNN(nn.Module):
-    """A `DeepSparseCoding` of convolutional dictionaries, batch norm, average pooling and a linear classifier.
+class DSCNN(MapClassifier):
+    """A `DeepSparseCoding` of convolutional dictionaries, batch norm, pooling and a linear classifier.
 
     The shape of ML-ISTA (Sulam et al., arXiv 1806.00701). With ``steps=1`` each layer is a plain convolution with
     bias and activation: the CNN of the same shapes.
@@ -30,6 +31,7 @@ class DSCNN(nn.Module):
         activation, group_size, groups: see `dsc.create_activation`.
         threshold: λ; with more than one step, as a fraction of the code's expected size.
         learn_threshold: learn λ of each channel or group; None for whenever there is more than one step.
+        tail: channels of plain 3×3 layers behind the code, each but the first followed by 2×2 max pooling.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class DSCNN(nn.Module):
         kernel_sizes: Sequence[int] = (6, 6, 4),
         strides: Sequence[int] = (2, 2, 1),
         paddings: Sequence[int] = (0, 0, 0),
+        tail: Sequence[int] = (),
         steps: int = 3,
         solver: str = "ista",
         joint: bool = True,
@@ -66,51 +69,57 @@ class DSCNN(nn.Module):
         self.min_size = 1
         for kernel, stride, padding in reversed(list(zip(kernel_sizes, strides, paddings, strict=True))):
             self.min_size = max((self.min_size - 1) * stride + kernel - 2 * padding, 1)
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = channels[-1]
         self.feature_info = [
             dict(num_chs=c, reduction=prod(strides[: i + 1]), module=f"coder.layers.{i}.code")
             for i, c in enumerate(channels)
         ]
         self.norm = nn.BatchNorm2d(channels[-1])
-        self.head = ClassifierHead(channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        tail_act = Act(activation, group_size, groups, threshold if plain else None, learn_threshold)
+        self.tail = nn.Sequential(
+            *(
+                _plain_layer(below, width, tail_act, pool=i > 0)
+                for i, (below, width) in enumerate(pairwise((channels[-1], *tail)))
+            )
+        )
+        self.add_head((*channels, *tail)[-1], num_classes, global_pool, drop_rate)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised code of the deepest layer, (batch, channels, h, w). Raises ValueError for too small images."""
+        """Normalised code of the deepest layer, or what the tail makes of it, (batch, channels, h, w).
+
+        Raises ValueError for too small images.
+        """
         if min(x.shape[-2:]) < self.min_size:
             raise ValueError(
                 f"images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: this network needs {self.min_size} a side"
             )
-        return self.norm(self.coder(x))
+        return self.tail(self.norm(self.coder(x)))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pooled features, or logits."""
-        return self.head(x, pre_logits=pre_logits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for another number of classes."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+def _plain_layer(in_channels: int, channels: int, act: Act, pool: bool) -> nn.Sequential:
+    layer = sparse_layer(ConvDictionary(in_channels, channels, 3, padding=1), act, 1, ISTA())
+    return nn.Sequential(layer, nn.MaxPool2d(2, ceil_mode=True)) if pool else nn.Sequential(layer)
 
 
 _cfg = dict(
     input_size=(3, 32, 32), num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, classifier="head.fc"
 )
 _features = dict(out_indices=(0, 1, 2), feature_cls="hook")
-default_cfgs = make_default_cfgs(dsc_cnn=_cfg, dsc_cnn_pico=_cfg)
+default_cfgs = make_default_cfgs(dsc_cnn=_cfg, dsc_cnn_cifar=_cfg, dsc_cnn_pico=_cfg)
 
 
 @register_model
 def dsc_cnn(pretrained: bool = False, **kwargs: Any) -> DSCNN:
     """Three dictionaries of 32, 64 and 512 atoms of 6, 6 and 4 pixels, as ML-ISTA's network for MNIST."""
     return build(DSCNN, "dsc_cnn", pretrained, kwargs, feature_cfg=dict(_features))
+
+
+@register_model
+def dsc_cnn_cifar(pretrained: bool = False, **kwargs: Any) -> DSCNN:
+    """Dictionaries of 32, 64 and 128 atoms of 4 pixels, then three plain layers, as ML-ISTA's network for CIFAR-10."""
+    shape: dict[str, Any] = dict(channels=(32, 64, 128), kernel_sizes=(4, 4, 4), strides=(2, 2, 2), paddings=(1, 1, 1))
+    return build(
+        DSCNN, "dsc_cnn_cifar", pretrained, shape | dict(tail=(256, 512, 512)) | kwargs, feature_cfg=dict(_features)
+    )
 
 
 @register_model

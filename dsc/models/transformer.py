@@ -1,4 +1,6 @@
-"""`dsc_vit_*`: attention step and sparse-coding step; `dsc_attn_*`: attention with the prox alone."""
+"""`dsc_vit_*`: attention step and sparse-coding step; `dsc_crate_*`: the code in the token's place, as in CRATE;
+`dsc_attn_*`: attention with the prox alone.
+"""
 
 from typing import Any
 
@@ -6,23 +8,35 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from dsc.activations import Activation
-from dsc.blocks import AttentionBlock, ConvStem, TransformerBlock
+from dsc.blocks import Attention, AttentionBlock, CodeBlock, ConvStem, TokenCoding, TransformerBlock
 from dsc.dictionaries import DenseDictionary
 from dsc.models._build import Act, build, sparse_layer
 from dsc.models._build import default_cfgs as make_default_cfgs
-from dsc.solvers import create_solver
+from dsc.models._heads import VectorClassifier
+from dsc.solvers import ISTA, create_solver
+
+CRATE_STEP = 0.1  # as published
 
 
-class DSCTransformer(nn.Module):
+class DSCTransformer(VectorClassifier):
     """A convolutional stem, blocks on the tokens, their mean, and a linear classifier; any image size.
+
+    The stem makes a token of 4×4 pixels and shows it its place, so that no position embedding fixes the image's size.
 
     Args:
         dim, depth, num_heads: as in a vision transformer.
         atoms_ratio: atoms of each token dictionary over `dim`; None for blocks of attention and prox alone.
-        steps, solver: the sparse-coding step's; ``steps=1`` is the standard transformer block.
+        attention: "standard", or "subspace" for CRATE's, see `dsc.blocks.SelfAttention`.
+        residual: add the decoded code to the token; False: the code, solved from the token on, replaces it, as in
+            CRATE, which takes one step of size 0.1; more steps are 1/L long.
+        steps, solver: the sparse-coding step's; ``steps=1`` with `residual` is the standard transformer block.
         activation, group_size, groups: see `dsc.create_activation`.
-        threshold: λ; in sparse-coding steps (more than one), as a fraction of the code's expected size.
+        threshold: λ; with more than one step or without `residual`, as a fraction of the code's expected size.
         learn_threshold: learn λ of each channel or group; None for whenever there is more than one step.
+
+    Raises:
+        ValueError: without `residual`, a dictionary that is not square; another `global_pool` than "avg"; `num_heads`
+            that do not divide `dim`.
     """
 
     def __init__(
@@ -33,6 +47,8 @@ class DSCTransformer(nn.Module):
         depth: int = 4,
         num_heads: int = 4,
         atoms_ratio: int | None = 4,
+        attention: Attention = "standard",
+        residual: bool = True,
         steps: int = 2,
         solver: str = "ista",
         activation: Activation = "relu",
@@ -44,49 +60,56 @@ class DSCTransformer(nn.Module):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if global_pool != "avg":
-            raise ValueError(f"global_pool must be 'avg' (the mean over tokens), got {global_pool!r}")
+        if not residual and atoms_ratio != 1:
+            raise ValueError(f"residual=False puts the code in the token's place: atoms_ratio=1, got {atoms_ratio!r}")
         plain = steps == 1 or atoms_ratio is None
         act = Act(activation, group_size, groups, threshold, not plain if learn_threshold is None else learn_threshold)
         rule = create_solver(solver, steps)
 
         def block() -> nn.Module:
             if atoms_ratio is None:
-                return AttentionBlock(dim, num_heads, act.make(-1))
-            dictionary = DenseDictionary(dim, atoms_ratio * dim)
-            return TransformerBlock(dim, num_heads, sparse_layer(dictionary, act, -1, rule))
+                return AttentionBlock(dim, num_heads, act.make(-1), attention)
+            if not residual:
+                return CodeBlock(dim, num_heads, token_coding(dim, act, rule), attention)
+            coder = sparse_layer(DenseDictionary(dim, atoms_ratio * dim), act, -1, rule)
+            return TransformerBlock(dim, num_heads, coder, attention)
 
         self.stem = ConvStem(in_chans, dim)
         self.blocks = nn.Sequential(*(block() for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
-        self.num_classes, self.num_features, self.head_hidden_size = num_classes, dim, dim
-        self.head_drop = nn.Dropout(drop_rate)
-        self.reset_classifier(num_classes)
+        self.add_head(dim, num_classes, drop_rate)
+        self.reset_classifier(num_classes, global_pool)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised tokens, (batch, tokens, dim)."""
         return self.norm(self.blocks(self.stem(x)))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean token, or logits."""
-        x = self.head_drop(x.mean(1))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
+    def pool(self, x: Tensor) -> Tensor:
+        """Mean token."""
+        return x.mean(1)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for another number of classes."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        """A fresh head for another number of classes. Raises ValueError for another pooling than "avg"."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool must be 'avg' (the mean over tokens), got {global_pool!r}")
+        super().reset_classifier(num_classes)
+
+
+def token_coding(dim: int, act: Act, solver: ISTA) -> TokenCoding:
+    """A coder that starts from a normalised token: one step as CRATE's, or several that 1/L keeps convergent."""
+    prox = act.make_relative(-1, dim, size=1.0)  # for ReLU λ = 0.1, which is CRATE's
+    return TokenCoding(DenseDictionary(dim, dim), prox, solver, CRATE_STEP if solver.steps == 1 else "learned")
 
 
 _cfg = dict(input_size=(3, 32, 32), num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, classifier="head")
-default_cfgs = make_default_cfgs(dsc_vit_pico=_cfg, dsc_attn_pico=_cfg)
+default_cfgs = make_default_cfgs(
+    dsc_vit_pico=_cfg,
+    dsc_vit_tiny=_cfg,
+    dsc_vit_small=_cfg,
+    dsc_crate_pico=_cfg,
+    dsc_attn_pico=_cfg,
+    dsc_attn_tiny=_cfg,
+)
 
 
 @register_model
@@ -96,7 +119,35 @@ def dsc_vit_pico(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
 
 
 @register_model
+def dsc_vit_tiny(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
+    """Twelve blocks of width 192, three heads: the blocks of ViT-Tiny."""
+    shape = dict(dim=192, depth=12, num_heads=3)
+    return build(DSCTransformer, "dsc_vit_tiny", pretrained, shape | kwargs)
+
+
+@register_model
+def dsc_vit_small(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
+    """Twelve blocks of width 384, six heads: the blocks of ViT-Small."""
+    shape = dict(dim=384, depth=12, num_heads=6)
+    return build(DSCTransformer, "dsc_vit_small", pretrained, shape | kwargs)
+
+
+@register_model
+def dsc_crate_pico(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
+    """Four blocks of CRATE, width 64: subspace attention, one step over a square dictionary from the token on."""
+    crate = dict(attention="subspace", atoms_ratio=1, residual=False, steps=1)
+    return build(DSCTransformer, "dsc_crate_pico", pretrained, crate | kwargs)
+
+
+@register_model
 def dsc_attn_pico(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Six blocks of attention and prox, width 64."""
     kwargs = dict(depth=6, atoms_ratio=None) | kwargs
     return build(DSCTransformer, "dsc_attn_pico", pretrained, kwargs)
+
+
+@register_model
+def dsc_attn_tiny(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
+    """Twelve blocks of attention and prox, width 192, three heads."""
+    shape = dict(dim=192, depth=12, num_heads=3, atoms_ratio=None)
+    return build(DSCTransformer, "dsc_attn_tiny", pretrained, shape | kwargs)

@@ -1,0 +1,103 @@
+"""What each model of the zoo is and costs: `describe_models`, the table of `dsc models`.
+
+Models are built and run on torch's meta device, where tensors have shapes and no values: nothing is computed.
+"""
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.layers import to_2tuple
+from timm.models import model_entrypoint
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsc._names import unknown
+from dsc.models import create_model, list_models
+
+HEADER = ["model", "family", "input", "parameters", "multiply-accumulates", "stages", "pretrained"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model's facts, as it is built by default.
+
+    Attributes:
+        family: the file of `dsc/models`, or of `timm/models`, that it comes from.
+        input_size: of an image, (channels, height, width).
+        parameters: how many numbers are learned.
+        macs: multiplications with an addition that one image of that size takes in evaluation mode, all steps of all
+            solvers included. Convolutions, matrix products and attention count; element-wise work, normalisation and
+            the Lipschitz constants behind step sizes, which depend on the weights alone, do not.
+        stages: how many feature maps `features_only=True` gives at most; 0 for a model without.
+        pretrained: tags of published weights.
+    """
+
+    name: str
+    family: str
+    input_size: tuple[int, int, int]
+    parameters: int
+    macs: int
+    stages: int
+    pretrained: tuple[str, ...]
+
+    def cells(self) -> list[str]:
+        """The facts as text, in the order of `HEADER`."""
+        size = "×".join(map(str, self.input_size))
+        counts = [f"{self.parameters:,}", f"{self.macs:,}", str(self.stages or "")]
+        return [self.name, self.family, size, *counts, ", ".join(self.pretrained)]
+
+
+def describe_models(pattern: str = "*") -> list[ModelInfo]:
+    """Facts of every model whose name matches a shell pattern: of ours, or where none does, of timm's backbones.
+
+    Raises ValueError for a pattern that matches neither, with the nearest name.
+    """
+    return [describe_model(name) for name in matching_models(pattern)]
+
+
+def matching_models(pattern: str) -> list[str]:
+    """Names that match a shell pattern, as `describe_models` looks for them, sorted."""
+    known = list_models(), timm.list_models()
+    for names in known:
+        if found := fnmatch.filter(names, pattern):
+            return found
+    raise ValueError(unknown("model", pattern, [*known[0], *known[1]])[:400] + " …")
+
+
+def describe_model(name: str, image_size: tuple[int, int] | None = None, **kwargs: Any) -> ModelInfo:
+    """Facts of one model; `kwargs` are those of `dsc.create_model`, as ``steps=1`` for the plain twin.
+
+    `image_size` is the height and width of the image to count for, None for the model's own.
+    """
+    with torch.device("meta"), _NoValues():
+        model = create_model(name, **kwargs).eval()
+        cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        channels, height, width = cfg["input_size"]
+        size = (kwargs.get("in_chans", channels), *to_2tuple(kwargs.get("img_size", (height, width))))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, *size))
+    return ModelInfo(
+        name=name,
+        family=model_entrypoint(name).__module__.rpartition(".")[2],
+        input_size=size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=counter.get_total_flops() // 2,
+        stages=len(getattr(model, "feature_info", ())),
+        pretrained=tuple(tagged.partition(".")[2] for tagged in timm.list_pretrained(name)),
+    )
+
+
+class _NoValues(TorchDispatchMode):
+    # Building a model asks for a few values: sizes to start from, whether an argument is valid. No shape depends on
+    # them, so on the meta device a number is 1 and every check is passed.
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if func in (torch.ops.aten.any.default, torch.ops.aten.all.default):
+                return torch.tensor(func is torch.ops.aten.all.default, device="cpu")
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return 1.0
+        return func(*args, **(kwargs or {}))

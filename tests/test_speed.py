@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch import nn
+
+from dsc.models import create_model
+from dsc.models.speed import whitening_atoms
+
+
+def images(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def smooth_images(n=64):
+    return nn.functional.avg_pool2d(images(n, 3, 18, 18), 3, stride=1)  # neighbouring pixels correlate
+
+
+def make(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return create_model("dsc_speed", **kwargs)
+
+
+def test_filtered_patches_are_white():
+    x = smooth_images()
+    atoms = whitening_atoms(x, 2, eps=0.0)
+    assert atoms.shape == (24, 3, 2, 2)
+    assert torch.equal(atoms[12:], -atoms[:12])
+    patches = nn.functional.conv2d(x, atoms[:12]).permute(1, 0, 2, 3).flatten(1)
+    torch.testing.assert_close(patches @ patches.mT / patches.shape[1], torch.eye(12), rtol=0, atol=1e-3)
+
+
+def test_filters_are_ordered_by_variance_and_bounded_by_eps():
+    x = smooth_images()
+    norms = whitening_atoms(x, 2, eps=0.1)[:12].flatten(1).norm(dim=1)
+    assert (norms.diff() >= 0).all()  # the direction of most variance is shrunk most
+    assert norms.max() <= 0.1**-0.5
+
+
+def test_data_set_the_first_dictionary_which_then_stays():
+    model, x = make(), smooth_images()
+    model.initialize(x)
+    assert torch.equal(model.whiten.dictionary.weight, whitening_atoms(x, 2))
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["whiten.dictionary.weight"]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_one_step_is_the_plain_network(mode):
+    model = make(steps=1, channels=(4, 6)).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias)
+    nn.init.normal_(model.whiten.bias)
+    plain: list[nn.Module] = [nn.Conv2d(3, 24, 2), nn.ReLU()]
+    pairs = [(model.whiten, plain[0])]
+    for below, width, stage in zip((24, 4), (4, 6), model.stages, strict=True):
+        conv = nn.Conv2d(width, width, 3, padding=1)
+        plain += [stage.conv, nn.MaxPool2d(2), stage.norm1, nn.ReLU(), stage.norm2, conv, nn.ReLU()]
+        assert (stage.conv.in_channels, stage.conv.out_channels) == (below, width)
+        pairs.append((stage.coder, conv))
+    for ours, theirs in pairs:
+        theirs.double().load_state_dict({"weight": ours.dictionary.weight, "bias": ours.bias})
+    network = nn.Sequential(*plain, model.norm, nn.AdaptiveMaxPool2d(1), nn.Flatten(), model.head.fc)
+    x = images(3, 3, 16, 13, dtype=torch.float64)
+    getattr(model, mode)()
+    torch.testing.assert_close(model(x), getattr(network, mode)()(x), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(model(x), getattr(network, mode)()(x), rtol=1e-11, atol=1e-12)
+
+
+def test_more_steps_solve_each_stages_problem():
+    model = make(steps=300, solver="fista", channels=(4, 6), threshold=0.5).double().eval()
+    coder = model.stages[0].coder
+    x = images(2, 4, 8, 8, dtype=torch.float64)
+    trace = coder.trace(x, steps=300)
+    assert trace.gap[-1].max() < 1e-6 < trace.gap[0].min()
+    torch.testing.assert_close(coder(x), trace.codes[-1])
+
+
+def test_feature_maps_are_the_stages_codes():
+    torch.manual_seed(0)
+    features = create_model("dsc_speed", features_only=True, channels=(4, 6, 8)).eval()
+    model = make(channels=(4, 6, 8)).eval()
+    x = images(2, 3, 32, 32)
+    maps, expected = features(x), model.whiten(x)
+    assert features.feature_info.channels() == [4, 6, 8]
+    assert features.feature_info.reduction() == [2, 4, 8]
+    for found, stage in zip(maps, model.stages, strict=True):
+        expected = stage(expected)
+        assert torch.equal(found, expected)
+
+
+def test_too_small_images_name_the_least_size():
+    model = make(channels=(4, 6, 8)).eval()
+    assert model(images(1, 3, 9, 9)).shape == (1, 10)
+    with pytest.raises(ValueError, match="images of 8×12 pixels are too small: this network needs 9 a side"):
+        model(images(1, 3, 8, 12))
