@@ -47,6 +47,11 @@ def hoyer_square(z: Tensor) -> Tensor:
     return (flat.abs().sum(1).square() / energy).mean() / flat.shape[1]
 
 
+def mean_log(z: Tensor, eps: float) -> Tensor:
+    """``Σ log(1 + |z|/ε)/n``."""
+    return (z.abs() / eps).log1p().mean()
+
+
 def active_units(z: Tensor, dim: int = 1) -> Tensor:
     """Which channels along `dim` are anywhere not zero: bool (channels,)."""
     others = [i for i in range(z.ndim) if i != dim % z.ndim]
@@ -59,6 +64,12 @@ def relative_error(z: Tensor, reference: Tensor) -> Tensor:
     if scale == 0:
         raise ValueError("the reference code is zero: a relative error has no meaning")
     return (z - reference).norm() / scale
+
+
+def relative_residual(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """``‖x − x̂‖²/‖x‖²`` over the whole batch; signals that are all zero count by the smallest number there is."""
+    energy = x.square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+    return (x - reconstruction).square().sum() / energy
 
 
 def nmse(z: Tensor, truth: Tensor) -> Tensor:
@@ -92,6 +103,19 @@ def coherence(atoms: Tensor) -> Tensor:
     unit = torch.nn.functional.normalize(atoms, dim=1)
     gram = (unit @ unit.mT).abs()
     return gram.fill_diagonal_(0).max()
+
+
+def mean_squared_coherence(atoms: Tensor, group_size: int = 1) -> Tensor:
+    """Mean squared cosine over pairs of rows in different groups of `group_size` consecutive ones, in [0, 1].
+
+    Raises ValueError for a single group.
+    """
+    size = len(atoms)
+    if size == group_size:
+        raise ValueError(f"{size} atoms in one group: a coherence is between groups, so there must be two")
+    unit = torch.nn.functional.normalize(atoms, dim=1)
+    energy = grouped(grouped((unit @ unit.mT).square(), group_size, 0), group_size, 2).sum((1, 3))
+    return energy.fill_diagonal_(0).sum() / (size * (size - group_size))
 
 
 def block_coherence(atoms: Tensor, group_size: int) -> Tensor:

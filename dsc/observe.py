@@ -3,7 +3,6 @@
 A sparse layer is a `SparseCoding` (its final code is seen) or an activation of `dsc.prox` outside one.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
@@ -40,7 +39,9 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 class Observer:
     """Keeps each sparse layer's codes of the latest forward; a context manager, or until `remove`.
 
-    `features[name]` has one tensor a call of that layer (a module shared between places is called more than once).
+    `features[name]` has one tensor a call of that layer (a module shared between places is called more than once);
+    for a `SparseCoding` layer `inputs[name]` has the signal that it coded in that call. In a `DeepSparseCoding` this
+    is the image or the code below, in the joint mode too, where the layers themselves are not called.
 
     Raises:
         RuntimeError: the model is compiled; hooks added afterwards would never fire. Observe, then compile.
@@ -51,14 +52,34 @@ class Observer:
             raise RuntimeError("the model is compiled already, so hooks would never fire: observe before torch.compile")
         self.layers = sparse_layers(model)
         self.features: dict[str, list[Tensor]] = {}
-        self._handles = [self._watch(name, layer.output) for name, layer in self.layers.items()]
-        self._handles.append(model.register_forward_pre_hook(lambda *_: self.features.clear()))
+        self.inputs: dict[str, list[Tensor]] = {}
+        # First of all: the model may itself be a layer whose input is to be kept.
+        self._handles = [model.register_forward_pre_hook(lambda *_: self._forget())]
+        self._handles += [self._keep_output(layer.output, self.features, name) for name, layer in self.layers.items()]
+        names = {layer.coder: name for name, layer in self.layers.items() if layer.coder is not None}
+        self._handles += [self._keep_input(coder, name) for coder, name in names.items()]
+        for module in model.modules():
+            if isinstance(module, DeepSparseCoding) and module.joint:
+                layers = list(module)
+                self._handles.append(self._keep_input(module, names[layers[0]]))
+                for below, above in pairwise(layers):
+                    self._handles.append(self._keep_output(below.code, self.inputs, names[above]))
 
-    def _watch(self, name: str, module: nn.Module) -> RemovableHandle:
+    def _keep_output(self, module: nn.Module, kept: dict[str, list[Tensor]], name: str) -> RemovableHandle:
         def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.features.setdefault(name, []).append(output)
+            kept.setdefault(name, []).append(output)
 
         return module.register_forward_hook(keep)
+
+    def _keep_input(self, module: nn.Module, name: str) -> RemovableHandle:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.inputs.setdefault(name, []).append(args[0])
+
+        return module.register_forward_pre_hook(keep)
+
+    def _forget(self) -> None:
+        self.features.clear()
+        self.inputs.clear()
 
     def remove(self) -> None:
         """Take the hooks away again."""
@@ -79,31 +100,10 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def coder_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Input of every `SparseCoding` layer of `model` for the images `x`, by layer name.
+    """Input of every `SparseCoding` layer of `model` for the images `x`, by layer name; of its last call.
 
-    In a `DeepSparseCoding` a layer's input is the image or the code below, in the joint mode too, where the layers
-    themselves are not called.
+    Raises RuntimeError for a model that is compiled.
     """
-    names = {module: name or type(model).__name__ for name, module in model.named_modules()}
-    inputs: dict[str, Tensor] = {}
-    handles: list[RemovableHandle] = []
-
-    def keep_input_for(coder: nn.Module) -> Callable[..., None]:
-        return lambda module, args: inputs.update({names[coder]: args[0]})
-
-    def keep_output_for(coder: nn.Module) -> Callable[..., None]:
-        return lambda module, args, output: inputs.update({names[coder]: output})
-
-    for module in model.modules():
-        if isinstance(module, SparseCoding):
-            handles.append(module.register_forward_pre_hook(keep_input_for(module)))
-        if isinstance(module, DeepSparseCoding):
-            layers = list(module)
-            handles.append(module.register_forward_pre_hook(keep_input_for(layers[0])))
-            handles += [below.code.register_forward_hook(keep_output_for(above)) for below, above in pairwise(layers)]
-    try:
+    with Observer(model) as observer:
         model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs
+    return {name: inputs[-1] for name, inputs in observer.inputs.items()}

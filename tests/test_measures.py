@@ -94,3 +94,24 @@ def test_coherences_match_loops_over_pairs():
         blocks = unit.reshape(-1, d, 7)
         norms = [np.linalg.norm(blocks[g] @ blocks[h].T, 2) / d for g in range(12 // d) for h in range(g)]
         assert measures.block_coherence(atoms, d).item() == pytest.approx(max(norms))
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 6])
+def test_mean_squared_coherence_is_a_mean_over_pairs_of_other_groups(group_size):
+    atoms = torch.randn(12, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    unit = atoms.numpy() / np.linalg.norm(atoms.numpy(), axis=1, keepdims=True)
+    pairs = [(unit[i] @ unit[j]) ** 2 for i in range(12) for j in range(12) if i // group_size != j // group_size]
+    assert measures.mean_squared_coherence(atoms, group_size).item() == pytest.approx(np.mean(pairs))
+    assert measures.mean_squared_coherence(torch.eye(12), group_size).item() == 0
+
+
+def test_mean_squared_coherence_needs_two_groups():
+    with pytest.raises(ValueError, match="4 atoms in one group"):
+        measures.mean_squared_coherence(torch.eye(4), 4)
+
+
+def test_mean_log_and_relative_residual_by_hand():
+    assert measures.mean_log(torch.tensor([0.0, -2.0]), 0.5).item() == pytest.approx(math.log(5) / 2)
+    x = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    assert measures.relative_residual(x, torch.tensor([[2.0, 0.0], [0.0, 6.0]])).item() == pytest.approx(5 / 25)
+    assert measures.relative_residual(0 * x, 0 * x).item() == 0

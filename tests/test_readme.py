@@ -1,9 +1,12 @@
-"""The README's Python runs as it stands, and its figures are those of the published checkpoint."""
+"""The Python of README and docs runs as it stands, and README's figures are those of the published checkpoint."""
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 from dsc import hub
 
@@ -19,6 +22,16 @@ def test_python_examples_run_in_order(monkeypatch, capsys):
     assert names["codes"].shape == (4, 64, 32, 32)
     assert names["reconstruction"].shape == names["images"].shape
     assert "coder.layers.2" in capsys.readouterr().out
+
+
+def test_extending_runs_in_order_and_each_part_is_short(monkeypatch):
+    torch.manual_seed(0)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.S)
+    assert len(blocks) == 5 and all(len(block.splitlines()) < 30 for block in blocks)
+    page = ModuleType("extending")
+    monkeypatch.setitem(sys.modules, page.__name__, page)  # timm looks up the module of what it registers
+    for block in blocks:
+        exec(block, page.__dict__)
 
 
 def test_convergence_table_is_the_published_checkpoint_s():
