@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from torchvision.datasets.utils import calculate_md5
+from torchvision.transforms.v2 import MixUp
 
 from dsc._names import unknown
 
 # Runs that differ only in their seed are compared on the same images: the splits have a seed of their own.
 _SPLIT_SEED = 0
-AUGMENTATIONS = ("crop", "flip", "alternating_flip", "cutout")
+AUGMENTATIONS = ("crop", "flip", "alternating_flip", "cutout", "mixup")
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ class ImageData(LightningDataModule):
 
     The files lie as torchvision lays them out, under `root`, else under the folder named by the environment
     variable DSC_DATA, else under `data`. Validation is `val_fraction` of the official training set, the same
-    part for every `seed`; `seed` orders the training batches. Raises ValueError for a wrong argument.
+    part for every `seed`; `seed` orders the training batches. `augment` lists what is done to training batches, in
+    that order; "mixup" makes labels probabilities (B, classes). Raises ValueError for a wrong argument.
     """
 
     def __init__(
@@ -204,6 +206,7 @@ class ImageData(LightningDataModule):
         augment: Sequence[str] = (),
         crop_padding: int = 2,
         cutout_size: int = 8,
+        mixup_alpha: float = 0.2,
         normalize: bool = True,
         seed: int = 0,
         download: bool = True,
@@ -216,6 +219,7 @@ class ImageData(LightningDataModule):
         self.root = Path(root or os.environ.get("DSC_DATA") or "data").expanduser()
         self.batch_size, self.eval_batch_size, self.val_fraction = batch_size, eval_batch_size, val_fraction
         self.augment, self.crop_padding, self.cutout_size = tuple(augment), crop_padding, cutout_size
+        self.mixup_alpha = mixup_alpha
         self.normalize, self.seed, self.download = normalize, seed, download
         self.num_classes, self.class_names = info.num_classes, info.class_names
         self.in_chans, self.image_size = info.in_chans, info.image_size
@@ -233,6 +237,8 @@ class ImageData(LightningDataModule):
             raise ValueError(f"val_fraction must lie strictly between 0 and 1, not {self.val_fraction}")
         if min(self.batch_size, self.eval_batch_size) < 1:
             raise ValueError(f"batch sizes must be positive, not {self.batch_size}, {self.eval_batch_size}")
+        if not self.mixup_alpha > 0:
+            raise ValueError(f"mixup_alpha must be above 0, not {self.mixup_alpha}")
         for name, size in {"crop": self.crop_padding, "cutout": self.cutout_size}.items():
             if name in self.augment and not 0 <= size < self.image_size:
                 raise ValueError(f"{name} of {size} pixels does not fit images of {self.image_size} pixels")
@@ -305,6 +311,8 @@ class ImageData(LightningDataModule):
         images, labels, indices = batch
         if self.trainer is not None and self.trainer.training:
             images = self._augmented(images, indices, self.trainer.current_epoch)
+            if "mixup" in self.augment:
+                return MixUp(alpha=self.mixup_alpha, num_classes=self.num_classes)(self._as_input(images), labels)
         return self._as_input(images), labels
 
     def _augmented(self, x: Tensor, indices: Tensor, epoch: int) -> Tensor:
@@ -332,3 +340,8 @@ class ImageData(LightningDataModule):
         """The first `n` validation images (or all) as the model sees them: (n, C, H, W), on the CPU."""
         self.setup()
         return self._as_input(self._parts["val"].tensors[0][:n])
+
+    def sample(self, n: int) -> Tensor:
+        """The first `n` training images (or all) as the model sees them: (n, C, H, W), on the CPU."""
+        self.setup()
+        return self._as_input(self._parts["train"].tensors[0][:n])

@@ -56,7 +56,8 @@ def measure_checkpoint(folder: Path, root: str | None = None) -> tuple[dict[str,
     facts = config["dsc"]
     data = ImageData(facts["dataset"], root=root, normalize=facts["normalize"])
     kind = {"Classifier": Classifier, "Reconstructor": Reconstructor}[facts["task"]]
-    task = kind(model=config["architecture"], model_args=config["model_args"], data=data)
+    options = {"test_time_augmentation": True} if "accuracy_tta" in facts["metrics"] else {}
+    task = kind(model=config["architecture"], model_args=config["model_args"], data=data, **options)
     hub.load_weights(task.model, folder)
     return measure(task, data, facts["seed"])
 
@@ -112,7 +113,7 @@ def activation_name(model: nn.Module) -> str:
 def text(summary: Mapping[str, Any]) -> str:
     """The figures of a run as aligned Markdown tables."""
     test = summary["test"]
-    head = [f"{name}: {test[name]:.4f}" for name in ("accuracy", "mse", "loss") if name in test]
+    head = [f"{name}: {test[name]:.4f}" for name in ("accuracy", "accuracy_tta", "mse", "loss") if name in test]
     layers = sorted({key.split("/", 2)[2] for key in test if key.startswith("sparsity/")} - {"total"})
     sparsity = [[layer, *(_number(test.get(f"sparsity/{column}/{layer}")) for column in COLUMNS)] for layer in layers]
     convergence = [

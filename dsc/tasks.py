@@ -5,10 +5,11 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
 from torchmetrics import MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -23,6 +24,7 @@ from dsc.regularizers import Regularizer
 Schedule = Callable[[Optimizer, int], LRScheduler]
 PROBE_IMAGES = 16
 EPOCHS_FOR_RATE = 5
+INITIAL_IMAGES = 5000  # shown to models that start from data
 
 
 class OneCycle(OneCycleLR):
@@ -48,6 +50,15 @@ class OneCycle(OneCycleLR):
         )
 
 
+class Steps(StepLR):
+    """The rate times `gamma` each time that another `every` of the run (a fraction of it) is over."""
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, every: float = 0.3, gamma: float = 0.2) -> None:
+        if not 0 < every <= 1:
+            raise ValueError(f"every is a fraction of the run in (0, 1], got {every}")
+        super().__init__(optimizer, max(1, round(every * total_steps)), gamma)
+
+
 class Task(LightningModule):
     """A model from the zoo, its loss, its optimizer, and the figures every run logs.
 
@@ -57,7 +68,8 @@ class Task(LightningModule):
         group_size, groups, threshold, learn_threshold: the activation's arguments.
         model_args: further arguments of the model, as `steps` or `channels`.
         regularizers: penalties on the codes of the model's sparse layers (`dsc.regularizers`).
-        optimizer: a torch optimizer; weight decay reaches only parameters of two or more dimensions.
+        optimizer: one of torch's or timm's; weight decay reaches only parameters of two or more dimensions, and
+            timm's Muon leaves the classifier to its fallback.
         lr_scheduler: called with the optimizer and the run's number of steps, stepped after each; None for none.
         channels_last: keep images and convolutions in that layout.
         data: facts of the data set (the CLI links them): sets the model's channels, classes and image size.
@@ -88,9 +100,11 @@ class Task(LightningModule):
         act |= dict(learn_threshold=learn_threshold)
         given = {k: v for k, v in act.items() if v is not None}
         self.architecture = model
-        self.model_args = given | (model_args or {}) | self.shape_args(data)
+        size = dict(img_size=data.image_size) if _has_fixed_size(model) else {}
+        self.model_args = given | size | (model_args or {}) | self.shape_args(data)
         self.model = create_model(model, **self.model_args)
-        self.regularizers, self.make_optimizer, self.make_schedule = list(regularizers), optimizer, lr_scheduler
+        self.regularizers = nn.ModuleList(regularizers)  # their state is the run's: a target's weight moves
+        self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=self.memory_format)
         self.observer = Observer(self.model)
@@ -113,10 +127,14 @@ class Task(LightningModule):
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         loss = self.loss(batch, stage)
-        penalties = [regularizer(self.observer) for regularizer in self.regularizers]
+        progress = self._progress() if stage == "train" and len(self.regularizers) else 1.0
+        penalties = [regularizer(self.observer, progress) for regularizer in self.regularizers]
         if penalties:
             self.log(f"{stage}/penalty", torch.stack(penalties).sum(), on_step=False, on_epoch=True)
         return loss + sum(penalties) if stage == "train" else loss
+
+    def _progress(self) -> float:
+        return self.global_step / self.trainer.estimated_stepping_batches
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = self._step(batch, "train")
@@ -142,6 +160,12 @@ class Task(LightningModule):
         for name, metric in self.quality[stage].items():  # type: ignore[operator]
             self.log(f"{stage}/{name}", metric, prog_bar=stage == "val")
 
+    def setup(self, stage: str) -> None:
+        # Before a resumed run loads its weights, which then take the place of these.
+        initialize = getattr(self.model, "initialize", None)
+        if stage == "fit" and initialize is not None:
+            initialize(self.trainer.datamodule.sample(INITIAL_IMAGES))  # type: ignore[attr-defined]
+
     def on_fit_start(self) -> None:
         # Drawn anew for each epoch, so that a resumed run draws what the unbroken one would have.
         self._seed = torch.initial_seed()
@@ -156,6 +180,8 @@ class Task(LightningModule):
         rate = measures.fitted_rate(torch.tensor(self.epoch_losses[-EPOCHS_FOR_RATE:]), floor=0.0)
         if rate is not None:
             self.log("convergence/train/rate", float(rate))
+        for i, regularizer in enumerate(self.regularizers):
+            self.log(f"train/penalty_weight/{i}", regularizer.weight_at(self._progress()))  # type: ignore[operator]
         for name, dictionary in self._dictionaries().items():
             change = measures.relative_error(dictionary.weight.detach(), self._dictionaries_before[name])
             self.log(f"convergence/dictionary/{name}", change)
@@ -184,16 +210,23 @@ class Task(LightningModule):
         return {n: m.dictionary for n, m in self.model.named_modules() if isinstance(m, SparseCoding)}
 
     def configure_optimizers(self) -> Any:
+        head = {id(p) for p in self._classifier().parameters()}
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1]},
+        matrices = [p for p in parameters if p.ndim > 1]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in matrices if id(p) not in head]},
+            {"params": [p for p in matrices if id(p) in head], "use_fallback": True},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = self.make_optimizer(groups)
+        optimizer = self.make_optimizer([group for group in groups if group["params"]])
         if self.make_schedule is None:
             return optimizer
         schedule = self.make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _classifier(self) -> nn.Module:
+        find = getattr(self.model, "get_classifier", None)
+        return nn.Identity() if find is None else find()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["epoch_losses"] = self.epoch_losses
@@ -207,27 +240,46 @@ class Classifier(Task):
 
     Args:
         label_smoothing: in [0, 1).
+        test_time_augmentation: also measure `test/accuracy_tta`, of `views`' mean logits; `test/accuracy` stays plain.
         **kwargs: see `Task`.
     """
 
     monitor = "val/accuracy"
     mode = "max"
 
-    def __init__(self, label_smoothing: float = 0.0, data: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, label_smoothing: float = 0.0, test_time_augmentation: bool = False, data: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(data=data, **kwargs)
         self.label_smoothing = label_smoothing
         classes = self.model_args["num_classes"]
         self.quality = _metrics(lambda: {"accuracy": MulticlassAccuracy(classes, average="micro")})
+        if test_time_augmentation:
+            self.quality["test"]["accuracy_tta"] = MulticlassAccuracy(classes, average="micro")  # type: ignore[operator]
 
     def shape_args(self, data: Any) -> dict[str, Any]:
         return dict(num_classes=data.num_classes, in_chans=data.in_chans)
 
     def loss(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         x, y = batch
-        logits = self(x)
-        if stage in self.quality:
-            self.quality[stage]["accuracy"].update(logits, y)  # type: ignore[index]
+        figures: Any = dict(self.quality.items()).get(stage, {})
+        if "accuracy_tta" in figures:
+            figures["accuracy_tta"].update(torch.stack([self(view) for view in views(x)]).mean(0), y)
+        logits = self(x)  # last: the sparsity figures are those of the plain images
+        if "accuracy" in figures:
+            figures["accuracy"].update(logits, y)
         return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing if stage == "train" else 0.0)
+
+
+def views(x: Tensor) -> list[Tensor]:
+    """The images (N, C, H, W), themselves shifted by one pixel towards two opposite corners, and mirrors of all three.
+
+    Of airbench's test-time augmentation, with equal weights (Jordan 2024).
+    """
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    height, width = x.shape[-2:]
+    shifted = [x, padded[..., :height, :width], padded[..., 2 : 2 + height, 2 : 2 + width]]
+    return [*shifted, *(view.flip(-1) for view in shifted)]
 
 
 class Reconstructor(Task):
@@ -244,7 +296,7 @@ class Reconstructor(Task):
         self.quality = _metrics(lambda: {"mse": MeanSquaredError()})
 
     def shape_args(self, data: Any) -> dict[str, Any]:
-        return dict(in_chans=data.in_chans, img_size=data.image_size)
+        return dict(in_chans=data.in_chans)
 
     def loss(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         x, _ = batch
@@ -257,6 +309,11 @@ class Reconstructor(Task):
         if self.normalize_atoms:
             for dictionary in self._dictionaries().values():
                 dictionary.normalize_()
+
+
+def _has_fixed_size(model: str) -> bool:
+    cfg = get_pretrained_cfg(model)
+    return cfg is not None and bool(cfg.fixed_input_size)
 
 
 def _metrics(make: Callable[[], dict[str, Metric]]) -> nn.ModuleDict:

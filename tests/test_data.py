@@ -268,6 +268,25 @@ def test_probe_is_the_head_of_the_validation_input() -> None:
     assert len(data.probe(10**6)) == 144
 
 
+def test_sample_is_the_head_of_the_training_images() -> None:
+    data = ready(augment=["crop", "flip"])
+    train = (part(data, "train")[0] / 255 - data.mean[0]) / data.std[0]
+    assert torch.allclose(data.sample(5), train[:5], atol=1e-5)
+    assert len(data.sample(10**6)) == 1293
+
+
+def test_mixup_adds_each_pair_of_neighbours_in_the_proportion_of_its_labels() -> None:
+    plain = fit(1, ImageData(batch_size=200))
+    mixed = fit(1, ImageData(batch_size=200, augment=["mixup"], mixup_alpha=5.0))
+    for (x, y), (mix, probabilities) in zip(plain.train_batches[0], mixed.train_batches[0], strict=True):
+        ours, theirs = (torch.nn.functional.one_hot(labels, 10).float() for labels in (y, y.roll(1)))
+        differ = (y != y.roll(1)).nonzero()[0].item()
+        share = probabilities[differ, y[differ]]
+        assert 0 < share < 1
+        assert torch.allclose(probabilities, share * ours + (1 - share) * theirs, atol=1e-6)
+        assert torch.allclose(mix, share * x + (1 - share) * x.roll(1, 0), atol=1e-5)
+
+
 # --- augmentations ------------------------------------------------------------------------------------------
 
 
@@ -368,6 +387,7 @@ def test_augmentations_follow_the_global_generator() -> None:
         ({"batch_size": 0}, "batch sizes must be positive, not 0, 1000"),
         ({"augment": ["cutout"]}, "cutout of 8 pixels does not fit images of 8 pixels"),
         ({"augment": ["crop"], "crop_padding": -1}, "crop of -1 pixels"),
+        ({"mixup_alpha": 0.0}, "mixup_alpha must be above 0, not 0.0"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -1,0 +1,120 @@
+"""Training step of every family of the zoo, over its plain twin's and over the bare products that it must do.
+
+`uv run benchmarks/step.py [NAME …]` prints a Markdown table. The floor of a row is every convolution, transposed
+convolution, matrix product and attention of one forward and backward pass, called again alone on the same operands, in
+turn with the whole pass; the optimizer is in neither.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dsc
+from common import header, interleaved, markdown
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PRODUCTS = ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its arguments, the images of a batch, and how many of them."""
+
+    name: str
+    shape: tuple[int, int, int]
+    batch: int
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
+CASES = (
+    Case("dsc_mlp_base", MNIST, 512),
+    Case("dsc_cnn", MNIST, 128),
+    Case("dsc_cnn_cifar", CIFAR, 128),
+    Case("dsc_speed", CIFAR, 128),
+    Case("dsc_resnet20", CIFAR, 64),
+    Case("dsc_resnet18", CIFAR, 16),
+    Case("dsc_vit_pico", CIFAR, 64),
+    Case("dsc_vit_tiny", CIFAR, 16),
+    Case("gsae", MNIST, 512),
+)
+
+
+class Products(TorchDispatchMode):
+    """Keeps every product that is computed inside it, with its operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in PRODUCTS or name.startswith(PRODUCTS[-1]):
+            self.calls.append(lambda: func(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for call in self.calls:
+                call()
+
+
+def training_pass(case: Case, **args: Any) -> Callable[[], None]:
+    """Forward and backward of the model on random images, bfloat16 where autocast allows it."""
+    torch.manual_seed(0)
+    model = dsc.create_model(case.name, in_chans=case.shape[0], **case.args, **args).to(DEVICE).train()
+    model.to(memory_format=torch.channels_last)
+    x = torch.randn(case.batch, *case.shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    target = torch.randint(10, (case.batch,), device=DEVICE)
+
+    def call() -> None:
+        model.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = _loss(model, x, target)
+        loss.backward()
+
+    return call
+
+
+def _loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    out = model(x)
+    return F.cross_entropy(out, target) if out.ndim == 2 else F.mse_loss(out, x)
+
+
+def row(case: Case, repeats: int) -> tuple[str, ...]:
+    """Steps of the model and of its twin, in ms an image, and the three ratios."""
+    sparse, twin = training_pass(case), training_pass(case, steps=1)
+    sparse()
+    with Products() as of_sparse:
+        sparse()
+    with Products() as of_twin:
+        twin()
+    calls = {"sparse": sparse, "floor": of_sparse.replay, "twin": twin, "twin's floor": of_twin.replay}
+    seconds = interleaved(calls, repeats)
+    ms = (f"{1e3 * seconds[key] / case.batch:.3f}" for key in ("sparse", "twin"))
+    over_floor = seconds["sparse"] / seconds["floor"], seconds["twin"] / seconds["twin's floor"]
+    return case.name, *ms, f"{seconds['twin'] / seconds['sparse']:.2f}", *(f"{ratio:.2f}" for ratio in over_floor)
+
+
+COLUMNS = ("model", "ms an image", "twin", "images/s over twin's", "time over bare products", "twin's")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=["*"], help="shell patterns of model names")
+    parser.add_argument("--repeats", type=int, default=7)
+    parsed = parser.parse_args()
+    print(header() + "\n")
+    cases = [case for case in CASES if any(fnmatch(case.name, pattern) for pattern in parsed.names)]
+    print(markdown(COLUMNS, [row(case, parsed.repeats) for case in cases]))
+
+
+if __name__ == "__main__":
+    main()

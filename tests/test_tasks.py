@@ -1,0 +1,177 @@
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from safetensors.torch import load_file
+from timm.optim import Muon
+from torch import nn
+
+from dsc.cli import cli_of, train
+from dsc.data import ImageData
+from dsc.models.speed import whitening_atoms
+from dsc.regularizers import L1
+from dsc.tasks import Classifier, Reconstructor, Steps, views
+
+SMALL = {"channels": (4, 4, 8)}
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = ImageData("digits", batch_size=64)
+    data.setup()
+    return data
+
+
+def classifier(data, model="dsc_cnn_pico", model_args=SMALL, **kwargs):
+    torch.manual_seed(0)
+    return Classifier(data=data, model=model, model_args=dict(model_args), **kwargs)
+
+
+def run(runs, *args):
+    quick = ["--trainer.enable_progress_bar", "false", "--trainer.limit_train_batches", "4", "--runs", str(runs)]
+    return train(["--config", "configs/digits.yaml", *quick, "--trainer.max_epochs", "1", *args])
+
+
+# Test-time augmentation
+
+
+def test_views_are_shifts_by_a_pixel_and_mirrors():
+    x = torch.randn(2, 3, 5, 6)
+    padded = np.pad(x.numpy(), [(0, 0), (0, 0), (1, 1), (1, 1)], mode="reflect")
+    shifted = [padded[:, :, 1:-1, 1:-1], padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]]
+    expected = shifted + [image[..., ::-1] for image in shifted]
+    assert len(views(x)) == 6
+    for found, view in zip(views(x), expected, strict=True):
+        np.testing.assert_array_equal(found.numpy(), view)
+
+
+def test_augmented_accuracy_stands_beside_the_plain_one(digits):
+    task = classifier(digits, test_time_augmentation=True)
+    trainer = Trainer(**QUIET)
+    trainer.test(task, digits, verbose=False)
+    x, y, _ = digits._parts["test"].tensors
+    x = digits._as_input(x)
+    with torch.no_grad():
+        plain = task.model.eval()(x)
+        mean = sum(task.model(view) for view in views(x)) / 6
+    for name, logits in {"accuracy": plain, "accuracy_tta": mean}.items():
+        expected = (logits.argmax(1) == y).float().mean().item()
+        assert trainer.callback_metrics[f"test/{name}"].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_sparsity_is_that_of_the_plain_images(digits):
+    figures = []
+    for augmented in (False, True):
+        trainer = Trainer(**QUIET)
+        trainer.test(classifier(digits, test_time_augmentation=augmented), digits, verbose=False)
+        figures.append({k: v for k, v in trainer.callback_metrics.items() if "sparsity" in k})
+    assert figures[0] == figures[1]
+
+
+# Optimizers and schedules
+
+
+def test_muon_moves_matrices_and_leaves_the_classifier_to_its_fallback(digits):
+    task = classifier(digits, model="dsc_speed", model_args={"channels": (4, 8)}, lr_scheduler=None)
+    task.make_optimizer = lambda groups: Muon(groups, lr=0.1, weight_decay=0.01)
+    optimizer = task.configure_optimizers()
+    head = list(task.model.get_classifier().parameters())
+    for parameter in task.model.parameters():
+        groups = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
+        assert len(groups) == parameter.requires_grad
+        if groups:
+            assert groups[0]["weight_decay"] == (0.01 if parameter.ndim > 1 else 0.0)
+            assert groups[0].get("use_fallback", False) == (parameter.ndim > 1 and any(p is parameter for p in head))
+    task.loss((digits.sample(8), torch.arange(8)), "train").backward()
+    optimizer.step()
+    for parameter in task.model.parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim > 1 and not any(p is parameter for p in head)
+            assert optimizer.state[parameter]["use_muon"] == matrix
+
+
+def test_rate_falls_in_steps():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = Steps(optimizer, total_steps=10, every=0.3, gamma=0.5)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]
+    with pytest.raises(ValueError, match=r"every is a fraction of the run in \(0, 1\], got 0"):
+        Steps(optimizer, 10, every=0)
+
+
+@pytest.mark.parametrize("decay, steps", [(0.0, 4), (1.0, 1)])
+def test_averaged_weights_are_what_a_run_keeps(tmp_path, decay, steps):
+    # Torch's average begins with the weights after the first step: a decay of 1 keeps those.
+    average = [
+        "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging",
+        f"--trainer.callbacks.decay={decay}",
+    ]
+    run(tmp_path / "average", "--model.lr_scheduler=null", *average)
+    run(tmp_path / "plain", "--model.lr_scheduler=null", "--trainer.limit_train_batches", str(steps / 20))
+    found, plain = (
+        load_file(tmp_path / kind / "digits" / "1" / "best" / "model.safetensors") for kind in ("average", "plain")
+    )
+    for key, value in plain.items():
+        torch.testing.assert_close(found[key], value, msg=key)
+
+
+def test_a_run_that_ends_before_its_first_validation_keeps_its_last_weights(tmp_path):
+    summary = run(tmp_path, "--trainer.max_steps", "3")
+    resumed = torch.load(tmp_path / "digits/1/resume/last.ckpt", weights_only=True)["state_dict"]
+    for key, value in load_file(f"{summary['run']}/best/model.safetensors").items():
+        assert torch.equal(value, resumed[f"model.{key}"]), key
+
+
+# What a model is told of the data
+
+
+def test_models_start_from_the_training_images(digits):
+    task = classifier(digits, model="dsc_speed", model_args={"channels": (4, 8)})
+    trainer = Trainer(max_steps=1, limit_val_batches=0, **QUIET)
+    trainer.fit(task, digits)
+    weight = task.model.whiten.dictionary.weight
+    assert torch.equal(weight, whitening_atoms(digits.sample(5000), 2))
+
+
+def test_models_of_fixed_size_learn_the_images_size(digits):
+    task = classifier(digits, model="dsc_mlp_pico", model_args={})
+    assert task.model(digits.sample(3)).shape == (3, 10)
+    assert Reconstructor(model="sae", data=digits).model(digits.sample(3)).shape == (3, 1, 8, 8)
+
+
+# Regularizers
+
+
+def test_warm_up_follows_the_run_and_a_targets_weight_is_kept(tmp_path):
+    penalty = [
+        "--model.regularizers+=dsc.regularizers.L1", "--model.regularizers.weight=0.5",
+        "--model.regularizers.target=0.2", "--model.regularizers.warmup=0.5",
+    ]  # fmt: skip
+    cli = cli_of([
+        "--config", "configs/digits.yaml", "--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "false",
+        *penalty,
+    ])  # fmt: skip
+    assert isinstance(cli.model.regularizers[0], L1)
+    run(tmp_path, *penalty)
+    resume = torch.load(tmp_path / "digits/1/resume/last.ckpt", weights_only=True)
+    weight = resume["state_dict"]["regularizers.0.weight"].item()
+    assert 0.5 < weight <= 0.5 * np.exp(0.02 * 2) * (1 + 1e-6)  # two of the four steps come after the warm-up
+
+
+def test_progress_is_the_fraction_of_steps_behind(digits, monkeypatch):
+    seen = []
+
+    class Spy(L1):
+        def forward(self, observer, progress=1.0):
+            seen.append((self.training, progress))
+            return super().forward(observer, progress)
+
+    task = classifier(digits, regularizers=[Spy(0.1)])
+    Trainer(max_epochs=2, limit_train_batches=3, limit_val_batches=1, num_sanity_val_steps=0, **QUIET).fit(task, digits)
+    assert [p for training, p in seen if training] == [i / 6 for i in range(6)]
+    assert [p for training, p in seen if not training] == [1.0, 1.0]
