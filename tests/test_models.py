@@ -165,6 +165,39 @@ def test_head_for_another_number_of_classes(name):
     torch.testing.assert_close(model(x), features)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_plain_twin_has_the_same_weights(name):
+    model, twin = entry(name), make(name, **SMALL.get(name, {}) | {"steps": 1})
+    weights, of_twin = ({k: p.shape for k, p in m.named_parameters() if p.ndim > 1} for m in (model, twin))
+    assert weights == of_twin
+    x = batch(model)
+    assert model(x).shape == twin(x).shape
+    plain = [m for m in twin.modules() if isinstance(m, SparseCoding)]
+    assert all(m.solver.steps == 1 for m in plain)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_close_to_full_precision(name):
+    model = entry(name).eval()
+    x = batch(model, 8)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(x)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if hasattr(entry(n), "feature_info")])
+def test_feature_maps_have_the_channels_and_sizes_that_are_declared(name):
+    model = entry(name, features_only=True).eval()
+    x = batch(model) if hasattr(model, "pretrained_cfg") else images(2, 3, 32, 32)
+    maps = model(x)
+    assert [z.shape[1] for z in maps] == model.feature_info.channels()
+    for z, reduction in zip(maps, model.feature_info.reduction(), strict=True):
+        reach = x.shape[-1] / reduction  # layers without padding lose a border on top
+        assert reach - 6 <= z.shape[-1] <= reach
+
+
 @pytest.mark.parametrize("activation", list_activations())
 @pytest.mark.parametrize(
     "name, kwargs", [("dsc_cnn", SMALL_CNN), ("dsc_vit_pico", {"dim": 16, "depth": 1}), ("sae", {"steps": 3})]
