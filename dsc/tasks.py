@@ -71,6 +71,9 @@ class Task(LightningModule):
         optimizer: one of torch's or timm's; weight decay reaches only parameters of two or more dimensions, and
             timm's Muon leaves the classifier to its fallback.
         lr_scheduler: called with the optimizer and the run's number of steps, stepped after each; None for none.
+        keep_norms: after each step scale every matrix, but the classifier's, back to the norm that it had at first.
+            For networks that normalise behind their layers: there the scale means nothing, and without this weights
+            grow, by Muon's updates above all, and steps become small in comparison (as in airbench, Jordan 2024).
         channels_last: keep images and convolutions in that layout.
         data: facts of the data set (the CLI links them): sets the model's channels, classes and image size.
     """
@@ -90,6 +93,7 @@ class Task(LightningModule):
         regularizers: Sequence[Regularizer] = (),
         optimizer: Callable[[Iterable[Any]], Optimizer] = AdamW,
         lr_scheduler: Schedule | None = OneCycle,
+        keep_norms: bool = False,
         channels_last: bool = False,
         data: Any = None,
     ) -> None:
@@ -104,7 +108,8 @@ class Task(LightningModule):
         self.model_args = given | size | (model_args or {}) | self.shape_args(data)
         self.model = create_model(model, **self.model_args)
         self.regularizers = nn.ModuleList(regularizers)  # their state is the run's: a target's weight moves
-        self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
+        self.make_optimizer, self.make_schedule, self.keep_norms = optimizer, lr_scheduler, keep_norms
+        self.norms: dict[str, float] = {}
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=self.memory_format)
         self.observer = Observer(self.model)
@@ -169,11 +174,19 @@ class Task(LightningModule):
     def on_fit_start(self) -> None:
         # Drawn anew for each epoch, so that a resumed run draws what the unbroken one would have.
         self._seed = torch.initial_seed()
+        if self.keep_norms and not self.norms:  # a resumed run has loaded them
+            self.norms = {name: float(p.detach().norm()) for name, p in self._matrices().items()}
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(self._seed + self.current_epoch)
         self._loss_sum = torch.zeros((), device=self.device)
         self._dictionaries_before = {name: d.weight.detach().clone() for name, d in self._dictionaries().items()}
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *args: Any) -> None:
+        matrices = self._matrices() if self.norms else {}
+        for name, norm in self.norms.items():
+            matrices[name].mul_(norm / matrices[name].norm())
 
     def on_train_epoch_end(self) -> None:
         self.epoch_losses.append(float(self._loss_sum) / max(1, int(self.trainer.num_training_batches)))
@@ -210,13 +223,10 @@ class Task(LightningModule):
         return {n: m.dictionary for n, m in self.model.named_modules() if isinstance(m, SparseCoding)}
 
     def configure_optimizers(self) -> Any:
-        head = {id(p) for p in self._classifier().parameters()}
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        matrices = [p for p in parameters if p.ndim > 1]
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in matrices if id(p) not in head]},
-            {"params": [p for p in matrices if id(p) in head], "use_fallback": True},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": list(self._matrices().values())},
+            {"params": [p for p in self._classifier() if p.ndim > 1], "use_fallback": True},
+            {"params": [p for p in self.model.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = self.make_optimizer([group for group in groups if group["params"]])
         if self.make_schedule is None:
@@ -224,15 +234,21 @@ class Task(LightningModule):
         schedule = self.make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _classifier(self) -> nn.Module:
-        find = getattr(self.model, "get_classifier", None)
-        return nn.Identity() if find is None else find()
+    def _matrices(self) -> dict[str, nn.Parameter]:
+        """What is learned in two or more dimensions, by name, without the classifier."""
+        head = {id(p) for p in self._classifier()}
+        named = self.model.named_parameters()
+        return {name: p for name, p in named if p.requires_grad and p.ndim > 1 and id(p) not in head}
+
+    def _classifier(self) -> list[nn.Parameter]:
+        find = getattr(self.model, "get_classifier", nn.Identity)
+        return list(find().parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["epoch_losses"] = self.epoch_losses
+        checkpoint["epoch_losses"], checkpoint["norms"] = self.epoch_losses, self.norms
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.epoch_losses = list(checkpoint["epoch_losses"])
+        self.epoch_losses, self.norms = list(checkpoint["epoch_losses"]), dict(checkpoint.get("norms", {}))
 
 
 class Classifier(Task):
@@ -306,6 +322,7 @@ class Reconstructor(Task):
         return F.mse_loss(reconstruction, x) / 2
 
     def on_train_batch_end(self, *args: Any) -> None:
+        super().on_train_batch_end(*args)
         if self.normalize_atoms:
             for dictionary in self._dictionaries().values():
                 dictionary.normalize_()

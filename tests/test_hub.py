@@ -53,7 +53,7 @@ def inputs(model, args, seed=0):
 
 def save(model, folder, name="dsc_cnn", args=ENTRIES["dsc_cnn"], **facts):
     cfg = {key: model.pretrained_cfg[key] for key in ("classifier", "fixed_input_size")}
-    size = args.get("img_size", 32)
+    size = args.get("img_size", model.pretrained_cfg["input_size"][-1])
     channels = model.pretrained_cfg["input_size"][0]
     cfg |= {"input_size": [channels, size, size], "num_classes": model.num_classes}
     cfg |= {"mean": [0.25] * channels, "std": [0.5] * channels, "crop_pct": 1.0, "license": "mit"}

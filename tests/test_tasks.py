@@ -91,6 +91,30 @@ def test_muon_moves_matrices_and_leaves_the_classifier_to_its_fallback(digits):
             assert optimizer.state[parameter]["use_muon"] == matrix
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_matrices_keep_their_norms_and_still_turn(digits, keep):
+    task = classifier(digits, keep_norms=keep, model="dsc_speed", model_args={"channels": (4, 8)})
+    before = {name: p.detach().clone() for name, p in task.model.named_parameters() if p.ndim > 1}
+    Trainer(max_epochs=1, limit_train_batches=3, limit_val_batches=0, **QUIET).fit(task, digits)
+    for name, start in before.items():
+        weight = task.model.get_parameter(name)
+        if not weight.requires_grad:
+            continue
+        assert not torch.allclose(weight, start)
+        kept = torch.isclose(weight.norm(), start.norm(), rtol=1e-5)
+        assert kept == (keep and not name.startswith("head"))
+
+
+def test_norms_to_keep_survive_an_interruption(digits):
+    task = classifier(digits, keep_norms=True)
+    task.norms = {"coder.layers.0.dictionary.weight": 2.5}
+    saved: dict = {}
+    task.on_save_checkpoint(saved)
+    resumed = classifier(digits, keep_norms=True)
+    resumed.on_load_checkpoint(saved)
+    assert resumed.norms == task.norms
+
+
 def test_rate_falls_in_steps():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = Steps(optimizer, total_steps=10, every=0.3, gamma=0.5)
