@@ -71,8 +71,9 @@ def test_output_is_logits_or_an_image_and_every_parameter_learns(name):
     assert tuple(out.shape) == output_shape(model, x)
     (out * images(*out.shape, seed=1)).sum().backward()
     for key, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-        assert parameter.grad.any(), key
+        if parameter.requires_grad:  # a dictionary set from data is not learned
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+            assert parameter.grad.any(), key
 
 
 @pytest.mark.parametrize("name", MODELS)

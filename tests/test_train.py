@@ -111,7 +111,8 @@ def test_every_configuration_runs(path):
     data = ImageData(config["data"]["init_args"]["dataset"])
     if data._missing():
         pytest.skip(f"no {data.dataset} data in {data.root}: set DSC_DATA to its folder")
-    assert COMMANDS["train"](["--config", str(path), "--trainer.fast_dev_run", "true"]) is None
+    small = ["--data.batch_size", "16", "--data.eval_batch_size", "16"]
+    assert COMMANDS["train"](["--config", str(path), "--trainer.fast_dev_run", "true", *small]) is None
 
 
 @pytest.mark.parametrize(
