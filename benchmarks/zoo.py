@@ -25,7 +25,6 @@ FIGURES = {
     "with augmentation": ("accuracy_tta", 100),
     "mse": ("mse", 1),
     "active": ("sparsity/active_fraction/total", 1),
-    "active groups": ("sparsity/active_group_fraction/total", 1),
 }
 
 
@@ -49,6 +48,9 @@ def figures(run: Path) -> dict[str, Any]:
     """What the table shows of a run."""
     summary, logged = json.loads((run / "summary.json").read_text()), read_metrics(run)
     found = {name: factor * summary["test"][key] for name, (key, factor) in FIGURES.items() if key in summary["test"]}
+    groups = [value for key, value in summary["test"].items() if key.startswith("sparsity/active_group_fraction/")]
+    if groups:
+        found["active groups"] = statistics.mean(groups)
     errors = [values[-1][1] for name, values in logged.items() if name.startswith("convergence/error/")]
     if errors:
         found["convergence error"] = statistics.mean(errors)
@@ -68,7 +70,7 @@ def row(config: Path, kind: str, runs: Sequence[Path], columns: Sequence[str]) -
 def _mean_and_spread(values: Sequence[float]) -> str:
     if not values:
         return ""
-    digits = 2 if max(values) > 2 else 3
+    digits = 2 if max(values) > 2 else 3 if max(values) > 0.1 else 4
     spread = f" ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
@@ -85,7 +87,7 @@ def main() -> None:
         for kind in parsed.kinds:
             runs = [train(config, kind, seed, parsed.out, more) for seed in range(parsed.seeds)]
             rows.append((config, kind, runs))
-    columns = [name for name in (*FIGURES, "convergence error") if any(name in figures(r[2][0]) for r in rows)]
+    columns = [name for name in (*FIGURES, "active groups", "convergence error") if any(name in figures(r[2][0]) for r in rows)]
     print(header() + f"\n\n{parsed.seeds} seeds: mean (least–most)\n")
     shown = ("configuration", "kind", "activation", *columns, "parameters, M", "multiply–accumulates, M")
     print(markdown(shown, [row(*found, columns) for found in rows]))
