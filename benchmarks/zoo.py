@@ -2,7 +2,8 @@
 
 Trains each configuration as it is and with `steps: 1`, with seeds 0, 1, …, in processes of their own, and prints a
 Markdown table of the test figures. Runs are kept in `FOLDER/<configuration>-<sparse|plain>-<seed>/`; a finished one is
-read instead of repeated, and an interrupted one continued. Other arguments go to `dsc train`.
+read instead of repeated, and an interrupted one continued, whatever the other arguments, which go to `dsc train`: give
+those another FOLDER. Models without unrolled layers (`dsc_attn_*`, timm's) have no plain kind.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def train(config: Path, kind: str, seed: int, out: Path, more: Sequence[str]) ->
     if list((out / name).glob("*/resume/last.ckpt")):
         command += ["--ckpt_path", "last"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-    return max((out / name).glob("*/summary.json")).parent
+    return next((out / name).glob("*/summary.json")).parent
 
 
 def figures(run: Path) -> dict[str, Any]:
@@ -87,7 +88,8 @@ def main() -> None:
         for kind in parsed.kinds:
             runs = [train(config, kind, seed, parsed.out, more) for seed in range(parsed.seeds)]
             rows.append((config, kind, runs))
-    columns = [name for name in (*FIGURES, "active groups", "convergence error") if any(name in figures(r[2][0]) for r in rows)]
+    names = (*FIGURES, "active groups", "convergence error")
+    columns = [name for name in names if any(name in figures(runs[0]) for _, _, runs in rows)]
     print(header() + f"\n\n{parsed.seeds} seeds: mean (least–most)\n")
     shown = ("configuration", "kind", "activation", *columns, "parameters, M", "multiply–accumulates, M")
     print(markdown(shown, [row(*found, columns) for found in rows]))

@@ -28,7 +28,7 @@ class ModelInfo:
     Attributes:
         family: the file of `dsc/models`, or of `timm/models`, that it comes from.
         input_size: of an image, (channels, height, width).
-        parameters: how many numbers are learned.
+        parameters: how many numbers it has, those included that are set from data and not learned.
         macs: multiplications with an addition that one image of that size takes in evaluation mode, all steps of all
             solvers included. Convolutions, matrix products and attention count; element-wise work, normalisation and
             the Lipschitz constants behind step sizes, which depend on the weights alone, do not.
@@ -77,7 +77,7 @@ def describe_model(name: str, image_size: tuple[int, int] | None = None, **kwarg
         model = create_model(name, **kwargs).eval()
         cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         channels, height, width = cfg["input_size"]
-        size = (kwargs.get("in_chans", channels), *to_2tuple(kwargs.get("img_size", (height, width))))
+        size = (kwargs.get("in_chans", channels), *(image_size or to_2tuple(kwargs.get("img_size", (height, width)))))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.empty(1, *size))
     return ModelInfo(

@@ -71,11 +71,11 @@ class Dictionary(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} defines no analysis")
 
-    def drive(self, x: Tensor, step: float | Tensor, bias: Tensor | None = None) -> Tensor:
-        """``s(Dᵀx + b)``, where s is one number and b a value an atom."""
+    def drive(self, x: Tensor, step: float | Tensor, bias: Tensor | None = None, dim: int = -1) -> Tensor:
+        """``s(Dᵀx + b)``, where s is one number and b a value an atom; atoms lie along `dim` of the code."""
         correlations = self.analyze(x)
         if bias is not None:
-            correlations = correlations + bias.reshape(-1, *[1] * (self.weight.ndim - 2))
+            correlations = correlations + bias.reshape(-1, *[1] * (correlations.ndim - 1 - dim % correlations.ndim))
         return step * correlations
 
     def gradient_step(self, step: float | Tensor, signals: Tensor, bias: Tensor | None = None) -> GradientStep:
@@ -144,6 +144,11 @@ class Dictionary(nn.Module):
         self._evaluated()
         return self
 
+    def remeasure(self) -> None:
+        """Compute the bound anew, after weights were exchanged in a way that torch does not count (``.data``)."""
+        self._measured = None
+        self._evaluated()
+
     def _evaluated(self) -> None:
         if self.bound_ahead and not self.training:
             self._refresh()
@@ -200,7 +205,7 @@ class DenseDictionary(Dictionary):
         _check_shape("signals", x, -1, self.num_features)
         return F.linear(x, self.weight)
 
-    def drive(self, x: Tensor, step: float | Tensor, bias: Tensor | None = None) -> Tensor:
+    def drive(self, x: Tensor, step: float | Tensor, bias: Tensor | None = None, dim: int = -1) -> Tensor:
         _check_shape("signals", x, -1, self.num_features)
         return F.linear(x, *_scaled(step, self.weight, bias))
 
@@ -272,7 +277,7 @@ class ConvDictionary(Dictionary):
         _check_shape("signals", x, -3, self.weight.shape[1])
         return self._analyze(x, self._kernel())
 
-    def drive(self, x: Tensor, step: float | Tensor, bias: Tensor | None = None) -> Tensor:
+    def drive(self, x: Tensor, step: float | Tensor, bias: Tensor | None = None, dim: int = -1) -> Tensor:
         _check_shape("signals", x, -3, self.weight.shape[1])
         return self._analyze(x, *_scaled(step, self._kernel(), bias))
 

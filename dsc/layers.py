@@ -86,7 +86,7 @@ class SparseCoding(nn.Module):
         solver = solver or self.solver
         self._check(solver)
         step = self._step_of(solver)
-        driven = self.dictionary.drive(x, step, self.bias)
+        driven = self.dictionary.drive(x, step, self.bias, self.prox.dim)
         # From zero the synthesis vanishes: the first step is a plain layer, and the only one may well be.
         if start is None and solver.steps == 1 and solver.gradient != "implicit":
             return solver.solve(self.prox(driven, step), _no_second_step, record)
@@ -105,7 +105,7 @@ class SparseCoding(nn.Module):
 
     def descend(self, z: Tensor | None, residual: Tensor, step: Threshold) -> Tensor:
         """``prox(z + s(Dᵀ residual + b), s)``, where None stands for a code of zero."""
-        driven = self.dictionary.drive(residual, step, self.bias)
+        driven = self.dictionary.drive(residual, step, self.bias, self.prox.dim)
         return self.prox(driven if z is None else z + driven, step)
 
     def _dims_behind(self, z: Tensor) -> int:
@@ -228,7 +228,7 @@ class Trace:
 
     @property
     def support_change(self) -> Tensor:
-        """Number of entries that the step made zero or not zero; the first step starts from zero."""
+        """Number of entries that the step made zero or not zero; the first step counts from zero."""
         supports = [torch.zeros_like(self.codes[0], dtype=torch.bool), *(z != 0 for z in self.codes)]
         return torch.stack([(a ^ b).flatten(1).sum(1) for a, b in pairwise(supports)])
 

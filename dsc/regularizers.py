@@ -120,6 +120,8 @@ class GroupL21(Regularizer):
 
     def __init__(self, weight: float, layers: str = "*", group_size: int | None = None, **kwargs: Any) -> None:
         super().__init__(weight, layers, **kwargs)
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {group_size}")
         self.group_size = group_size
 
     def penalty(self, z: Tensor, layer: SparseLayer) -> Tensor:

@@ -73,6 +73,7 @@ def autocorrelation(kernel: Tensor) -> tuple[Tensor, Tensor]:
     """
     small = kernel.transpose(0, 1) if kernel.shape[1] <= kernel.shape[0] else kernel
     reach = kernel.shape[-1] - 1
-    lags = F.conv2d(small, small, padding=reach).flatten(2)
+    # In double precision: a GPU's convolutions in single precision may round to TF32.
+    lags = F.conv2d(small.double(), small.double(), padding=reach).flatten(2).to(kernel)
     offset = torch.arange(-reach, reach + 1, device=kernel.device)
     return lags, torch.cartesian_prod(offset, offset).to(kernel)

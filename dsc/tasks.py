@@ -168,14 +168,15 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         # Before a resumed run loads its weights, which then take the place of these.
         initialize = getattr(self.model, "initialize", None)
-        if stage == "fit" and initialize is not None:
+        if stage == "fit" and initialize is not None and not self.model_args.get("pretrained"):
             initialize(self.trainer.datamodule.sample(INITIAL_IMAGES))  # type: ignore[attr-defined]
 
     def on_fit_start(self) -> None:
         # Drawn anew for each epoch, so that a resumed run draws what the unbroken one would have.
         self._seed = torch.initial_seed()
         if self.keep_norms and not self.norms:  # a resumed run has loaded them
-            self.norms = {name: float(p.detach().norm()) for name, p in self._matrices().items()}
+            norms = {name: float(p.detach().norm()) for name, p in self._matrices().items()}
+            self.norms = {name: norm for name, norm in norms.items() if norm > 0}
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(self._seed + self.current_epoch)
@@ -184,9 +185,10 @@ class Task(LightningModule):
 
     @torch.no_grad()
     def on_train_batch_end(self, *args: Any) -> None:
-        matrices = self._matrices() if self.norms else {}
-        for name, norm in self.norms.items():
-            matrices[name].mul_(norm / matrices[name].norm())
+        if self.keep_norms:
+            matrices = self._matrices()
+            for name, norm in self.norms.items():
+                matrices[name].mul_(norm / matrices[name].norm())
 
     def on_train_epoch_end(self) -> None:
         self.epoch_losses.append(float(self._loss_sum) / max(1, int(self.trainer.num_training_batches)))
@@ -198,6 +200,10 @@ class Task(LightningModule):
         for name, dictionary in self._dictionaries().items():
             change = measures.relative_error(dictionary.weight.detach(), self._dictionaries_before[name])
             self.log(f"convergence/dictionary/{name}", change)
+
+    def on_validation_epoch_start(self) -> None:
+        for dictionary in self._dictionaries().values():  # averaged weights may have taken the place of the trained
+            dictionary.remeasure()
 
     def on_validation_epoch_end(self) -> None:
         figures = self._sparsity_figures("val")
@@ -241,8 +247,9 @@ class Task(LightningModule):
         return {name: p for name, p in named if p.requires_grad and p.ndim > 1 and id(p) not in head}
 
     def _classifier(self) -> list[nn.Parameter]:
-        find = getattr(self.model, "get_classifier", nn.Identity)
-        return list(find().parameters())
+        found = getattr(self.model, "get_classifier", nn.Identity)()
+        heads = found if isinstance(found, tuple) else (found,)  # timm's distilled models have two
+        return [p for head in heads for p in head.parameters()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["epoch_losses"], checkpoint["norms"] = self.epoch_losses, self.norms

@@ -78,3 +78,10 @@ def test_describing_leaves_the_random_numbers_alone():
     before = torch.get_rng_state()
     dsc.describe_model("sae")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_work_is_counted_for_the_image_size_that_is_asked_for():
+    small, large = (catalogue.describe_model("dsc_cnn_pico", (side, side), in_chans=1, steps=1) for side in (16, 32))
+    assert (small.input_size, large.input_size) == ((1, 16, 16), (1, 32, 32))
+    head = 128 * 10
+    assert large.macs - head == 4 * (small.macs - head)

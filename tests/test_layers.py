@@ -7,7 +7,7 @@ from torch import nn
 
 from dsc import layers
 from dsc.activations import create_activation
-from dsc.dictionaries import ConvDictionary, DenseDictionary
+from dsc.dictionaries import ConvDictionary, DenseDictionary, Dictionary
 from dsc.layers import DeepSparseCoding, SparseCoding
 from dsc.measures import relative_error
 from dsc.shrinkage import group_relu
@@ -396,3 +396,22 @@ def test_only_layers_that_need_it_compute_the_lipschitz_bound(monkeypatch, step,
     layer.eval()
     layer(torch.randn(3, 4))
     assert len(calls) == counted
+
+
+def test_a_dictionary_of_ones_own_takes_a_bias_along_the_dimension_of_its_atoms():
+    class Circular(Dictionary):
+        """Circular shifts of each atom (atoms, n): codes (batch, atoms, n)."""
+
+        def analyze(self, x):
+            return torch.fft.irfft(torch.fft.rfft(x).unsqueeze(1) * torch.fft.rfft(self.weight).conj(), x.shape[-1])
+
+        def synthesize(self, z, size=None):
+            return torch.fft.irfft((torch.fft.rfft(z) * torch.fft.rfft(self.weight)).sum(1), z.shape[-1])
+
+        def lipschitz(self):
+            return torch.fft.rfft(self.weight).abs().square().sum(0).max()
+
+    layer = SparseCoding(Circular(torch.randn(6, 6)), create_activation("relu", 1), ISTA(), step=1.0, bias=True)
+    nn.init.normal_(layer.bias)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(layer(x), (layer.dictionary.analyze(x) + layer.bias.view(6, 1)).relu())

@@ -87,6 +87,13 @@ def test_feature_maps_are_the_stages_codes():
         assert torch.equal(found, expected)
 
 
+def test_fewer_stages_give_fewer_feature_maps():
+    for name in ("dsc_speed", "dsc_cnn"):
+        shape = {"kernel_sizes": (3, 3), "strides": (2, 1), "paddings": (1, 1)} if name == "dsc_cnn" else {}
+        maps = create_model(name, features_only=True, channels=(4, 6), **shape).eval()(images(1, 3, 32, 32))
+        assert [z.shape[1] for z in maps] == [4, 6]
+
+
 def test_too_small_images_name_the_least_size():
     model = make(channels=(4, 6, 8)).eval()
     assert model(images(1, 3, 9, 9)).shape == (1, 10)

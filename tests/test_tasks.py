@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,10 @@ from torch import nn
 
 from dsc.cli import cli_of, train
 from dsc.data import ImageData
+from dsc.models import load
 from dsc.models.speed import whitening_atoms
 from dsc.regularizers import L1
+from dsc.report import read_metrics
 from dsc.tasks import Classifier, Reconstructor, Steps, views
 
 SMALL = {"channels": (4, 4, 8)}
@@ -142,6 +146,19 @@ def test_averaged_weights_are_what_a_run_keeps(tmp_path, decay, steps):
     )
     for key, value in plain.items():
         torch.testing.assert_close(found[key], value, msg=key)
+
+
+def test_validation_of_averaged_weights_is_that_of_the_model_they_make(tmp_path):
+    average = "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging"
+    summary = run(tmp_path, average, "--trainer.callbacks.decay=0.9", "--trainer.max_epochs", "2")
+    kept = load(f"{summary['run']}/best").eval()
+    data = ImageData("digits", batch_size=64)
+    x, y = data.probe(10**6), data._parts["val"].tensors[1]
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(kept(x), y).item()
+    logged = read_metrics(Path(summary["run"]))
+    best = max(range(2), key=lambda epoch: logged["val/accuracy"][epoch][1])
+    assert logged["val/loss"][best][1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_run_that_ends_before_its_first_validation_keeps_its_last_weights(tmp_path):

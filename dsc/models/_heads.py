@@ -66,4 +66,5 @@ class VectorClassifier(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head for another number of classes."""
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        like = next(self.parameters())
+        self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()

@@ -103,27 +103,29 @@ def _plain_layer(in_channels: int, channels: int, act: Act, pool: bool) -> nn.Se
 _cfg = dict(
     input_size=(3, 32, 32), num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, classifier="head.fc"
 )
-_features = dict(out_indices=(0, 1, 2), feature_cls="hook")
 default_cfgs = make_default_cfgs(dsc_cnn=_cfg, dsc_cnn_cifar=_cfg, dsc_cnn_pico=_cfg)
+
+
+def _cnn(architecture: str, pretrained: bool, kwargs: dict[str, Any]) -> DSCNN:
+    stages = tuple(range(len(kwargs.get("channels", (32, 64, 512)))))
+    return build(DSCNN, architecture, pretrained, kwargs, feature_cfg=dict(out_indices=stages, feature_cls="hook"))
 
 
 @register_model
 def dsc_cnn(pretrained: bool = False, **kwargs: Any) -> DSCNN:
     """Three dictionaries of 32, 64 and 512 atoms of 6, 6 and 4 pixels, as ML-ISTA's network for MNIST."""
-    return build(DSCNN, "dsc_cnn", pretrained, kwargs, feature_cfg=dict(_features))
+    return _cnn("dsc_cnn", pretrained, kwargs)
 
 
 @register_model
 def dsc_cnn_cifar(pretrained: bool = False, **kwargs: Any) -> DSCNN:
     """Dictionaries of 32, 64 and 128 atoms of 4 pixels, then three plain layers, as ML-ISTA's network for CIFAR-10."""
     shape: dict[str, Any] = dict(channels=(32, 64, 128), kernel_sizes=(4, 4, 4), strides=(2, 2, 2), paddings=(1, 1, 1))
-    return build(
-        DSCNN, "dsc_cnn_cifar", pretrained, shape | dict(tail=(256, 512, 512)) | kwargs, feature_cfg=dict(_features)
-    )
+    return _cnn("dsc_cnn_cifar", pretrained, shape | dict(tail=(256, 512, 512)) | kwargs)
 
 
 @register_model
 def dsc_cnn_pico(pretrained: bool = False, **kwargs: Any) -> DSCNN:
     """Three dictionaries of 32, 64 and 128 atoms of 3 pixels, for images from 8 pixels on."""
     shape = dict(channels=(32, 64, 128), kernel_sizes=(3, 3, 3), strides=(1, 2, 2), paddings=(1, 1, 1))
-    return build(DSCNN, "dsc_cnn_pico", pretrained, shape | kwargs, feature_cfg=dict(_features))
+    return _cnn("dsc_cnn_pico", pretrained, shape | kwargs)

@@ -123,4 +123,5 @@ default_cfgs = make_default_cfgs(dsc_speed=_cfg)
 @register_model
 def dsc_speed(pretrained: bool = False, **kwargs: Any) -> DSCSpeed:
     """Three stages of 64, 256 and 256 channels."""
-    return build(DSCSpeed, "dsc_speed", pretrained, kwargs, feature_cfg=dict(out_indices=(0, 1, 2), feature_cls="hook"))
+    stages = tuple(range(len(kwargs.get("channels", (64, 256, 256)))))
+    return build(DSCSpeed, "dsc_speed", pretrained, kwargs, feature_cfg=dict(out_indices=stages, feature_cls="hook"))
