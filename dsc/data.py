@@ -193,7 +193,7 @@ class ImageData(LightningDataModule):
     The files lie as torchvision lays them out, under `root`, else under the folder named by the environment
     variable DSC_DATA, else under `data`. Validation is `val_fraction` of the official training set, the same
     part for every `seed`; `seed` orders the training batches. `augment` lists what is done to training batches, in
-    that order; "mixup" makes labels probabilities (B, classes). Raises ValueError for a wrong argument.
+    that order, "mixup" last of all: it makes labels probabilities (B, classes). Raises ValueError for a wrong argument.
     """
 
     def __init__(

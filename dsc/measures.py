@@ -13,7 +13,12 @@ def active_fraction(z: Tensor) -> Tensor:
 
 def active_group_fraction(z: Tensor, group_size: int, dim: int = 1) -> Tensor:
     """Fraction of groups with any entry that is not zero, in [0, 1]."""
-    return (grouped(z, group_size, dim) != 0).any(dim % z.ndim + 1).float().mean()
+    return group_support(z, group_size, dim).float().mean()
+
+
+def group_support(z: Tensor, group_size: int, dim: int = 1) -> Tensor:
+    """Which groups have an entry that is not zero: bool, with `dim` as groups."""
+    return (grouped(z, group_size, dim) != 0).any(dim % z.ndim + 1)
 
 
 def hoyer(z: Tensor) -> Tensor:
@@ -121,7 +126,10 @@ def mean_squared_coherence(atoms: Tensor, group_size: int = 1) -> Tensor:
 def block_coherence(atoms: Tensor, group_size: int) -> Tensor:
     """``max_{g≠h} ‖A_gᵀA_h‖₂/d`` of the normalised rows in groups of d consecutive ones (arXiv 2102.07003)."""
     unit = torch.nn.functional.normalize(atoms, dim=1)
-    blocks = grouped(unit, group_size, 0)
-    products = torch.einsum("gdn,hen->ghde", blocks, blocks)
-    norms = torch.linalg.matrix_norm(products, ord=2) / group_size
-    return norms.fill_diagonal_(0).max()
+    return block_norms(unit, unit, group_size).fill_diagonal_(0).max() / group_size
+
+
+def block_norms(atoms: Tensor, others: Tensor, group_size: int) -> Tensor:
+    """``‖A_gᵀB_h‖₂`` of rows as they are, in groups of d consecutive ones: (groups, other groups)."""
+    products = torch.einsum("gdn,hen->ghde", grouped(atoms, group_size, 0), grouped(others, group_size, 0))
+    return torch.linalg.matrix_norm(products, ord=2)

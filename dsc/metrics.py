@@ -1,4 +1,4 @@
-"""How sparse codes are, as torchmetrics, and how fast they converge.
+"""How sparse codes are, as torchmetrics, how fast they converge, and how well they recover supports and classes.
 
 Names say the unit: a *fraction* lies in [0, 1], *hoyer* is the Hoyer index in [0, 1], *rate* is the factor an
 error shrinks by in a step, *error* is relative to the converged code.
@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import BinaryPrecision, BinaryRecall, MulticlassConfusionMatrix, MultilabelExactMatch
+from torchmetrics.clustering import AdjustedRandScore, NormalizedMutualInfoScore
 
 from dsc import measures
 from dsc.layers import SparseCoding
 from dsc.observe import Observer, SparseLayer, coder_inputs, sparse_layers
+from dsc.recovery import assign
 from dsc.solvers import ISTA, SOLVERS
 
 RATE_STEPS = 32  # a rate is fitted over the errors after 1 … this many steps
@@ -117,6 +120,58 @@ class SparsityMetrics(nn.Module):
         for module in self.modules():
             if isinstance(module, Metric):
                 module.reset()
+
+
+def support_metrics(num_groups: int) -> MetricCollection:
+    """``recall``, ``precision`` and ``exact`` of found supports and true ones, bool (signals, groups).
+
+    The fraction of active groups that are found, of found groups that are active, and of signals whose groups are all
+    right. A recall without active groups, or a precision without found ones, is 0. `dsc.measures.group_support` gives
+    the support of a code; groups of one atom make it that of entries.
+    """
+    # Supports are bool by construction: checking their values would sort them all.
+    metrics: dict[str, Metric | MetricCollection] = {
+        "recall": BinaryRecall(validate_args=False),
+        "precision": BinaryPrecision(validate_args=False),
+        "exact": MultilabelExactMatch(num_groups, validate_args=False),
+    }
+    return MetricCollection(metrics, compute_groups=False)
+
+
+class ClusterAccuracy(MulticlassConfusionMatrix):
+    """Fraction of signals in the right class, each cluster taken for the class that makes it largest (Hungarian).
+
+    Args:
+        num_classes: how many classes or clusters there are, the larger of both.
+
+    Raises:
+        ValueError: a label that is not from 0 to num_classes − 1.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Take in clusters (N,) and classes (N,), int64."""
+        for what, labels in (("cluster", preds), ("class", target)):
+            wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+            if len(wrong):  # which a confusion matrix would count elsewhere
+                raise ValueError(f"{what} {int(wrong[0])} is not from 0 to {self.num_classes - 1}: give more classes")
+        super().update(preds, target)
+
+    def compute(self) -> Tensor:
+        counts: Tensor = super().compute()
+        return counts.gather(1, assign(counts).unsqueeze(1)).sum() / counts.sum()
+
+
+def clustering_metrics(num_classes: int) -> MetricCollection:
+    """``accuracy`` (`ClusterAccuracy`), ``nmi`` (arithmetic mean) and ``ari`` of clusters (N,) and classes (N,)."""
+    metrics: dict[str, Metric | MetricCollection] = {
+        "accuracy": ClusterAccuracy(num_classes),
+        "nmi": NormalizedMutualInfoScore(),
+        "ari": AdjustedRandScore(),
+    }
+    return MetricCollection(metrics, compute_groups=False)
 
 
 def solving_layers(model: nn.Module) -> dict[str, SparseCoding]:

@@ -44,7 +44,7 @@ class DSCResNet(MapClassifier):
 
     The stem has 3×3 atoms at full resolution, and each stage but the first halves it, as in the ResNet for CIFAR (He
     et al., arXiv 1512.03385). Sparse coding in place of convolutions as in SDNet (Dai et al., arXiv 2210.12945).
-    ``steps=1`` is the plain network of the same shapes.
+    ``steps=1`` is the plain network of the same shapes: two 3×3 convolutions a block, with one activation between them.
 
     Args:
         channels, depths: one entry a stage; depths are numbers of blocks.
