@@ -21,7 +21,8 @@ class SparseAutoencoder(nn.Module):
 
     Shallow (one dictionary, ``steps=1``) it is the autoencoder of *On the convergence of group-sparse autoencoders*
     (arXiv 2102.07003): ``x̂ = A σ_λ(Aᵀx)`` where ``step=1.0``; unfolded it takes that many steps of ISTA or FISTA. With
-    ``activation="top_k"``, ``pre_bias`` and such a step it is ``x̂ = A topk(Aᵀ(x − b)) + b`` (Gao et al. 2024, arXiv 2406.04093).
+    ``activation="top_k"``, ``pre_bias`` and such a step it is ``x̂ = A topk(Aᵀ(x − b)) + b`` (Gao et al. 2024, arXiv
+    2406.04093).
 
     Args:
         img_size: height and width (or one number) of the images; fixed.
