@@ -291,11 +291,19 @@ class ConvDictionary(Dictionary):
 
         return by_residual
 
+    def signal_side(self, side: int) -> int:
+        """Least height (or width) of a signal whose code is of that height."""
+        return (side - 1) * self.stride + self.kernel_size - 2 * self.padding
+
+    def code_side(self, side: int) -> int:
+        """Height (or width) of the code of a signal of that height, as of `nn.Conv2d`."""
+        return (side + 2 * self.padding - self.kernel_size) // self.stride + 1
+
     def _kernel(self) -> Tensor:
         return self.polyphase() if self.by_phases else self.weight
 
     def _synthesize(self, z: Tensor, size: Sequence[int] | None, kernel: Tensor) -> Tensor:
-        reached = [(n - 1) * self.stride + self.kernel_size - 2 * self.padding for n in z.shape[-2:]]
+        reached = [self.signal_side(n) for n in z.shape[-2:]]
         rows, columns = (s - r for s, r in zip(size or reached, reached, strict=True))
         # A strided convolution drops up to stride − 1 pixels at the far edge: its adjoint puts zeros there.
         if not (0 <= rows < self.stride and 0 <= columns < self.stride):

@@ -1,15 +1,16 @@
 """What every family shares: its activation's arguments, its default configurations, and its way through timm."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from timm.models import DefaultCfg, build_model_with_cfg, generate_default_cfgs
-from torch import nn
+from torch import Tensor, nn
 
 from dsc import hub
 from dsc.activations import Activation, configure, create_activation
-from dsc.dictionaries import Dictionary
+from dsc.dictionaries import ConvDictionary, Dictionary
 from dsc.layers import SparseCoding
 from dsc.prox import Prox
 from dsc.solvers import ISTA
@@ -75,6 +76,22 @@ def sparse_layer(dictionary: Dictionary, act: Act, dim: int, solver: ISTA, size:
         noise = gain * size * torch.randn(256, dictionary.num_atoms)
         layer.code_size = float(layer.prox(noise).square().mean().sqrt())  # dims 1 and −1 agree here
     return layer
+
+
+def least_side(dictionaries: Sequence[ConvDictionary]) -> int:
+    """Least height (and width) of images that these dictionaries, each on the code of the one before, can code."""
+    side = 1
+    for dictionary in reversed(dictionaries):
+        side = max(dictionary.signal_side(side), 1)
+    return side
+
+
+def check_size(x: Tensor, least: int) -> None:
+    """Raise ValueError for images (…, h, w) with less than that many pixels a side."""
+    if min(x.shape[-2:]) < least:
+        raise ValueError(
+            f"images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: this network needs {least} a side"
+        )
 
 
 def default_cfgs(**architectures: dict[str, Any]) -> dict[str, DefaultCfg]:

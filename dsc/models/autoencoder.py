@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models import register_model
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsc.activations import Activation, is_grouped
 from dsc.dictionaries import ConvDictionary, DenseDictionary, Dictionary
 from dsc.layers import DeepSparseCoding, SparseCoding, StepSize
-from dsc.models._build import Act, build
+from dsc.models._build import Act, build, check_size, least_side
 from dsc.models._build import default_cfgs as make_default_cfgs
 from dsc.solvers import create_solver
 
@@ -128,9 +128,7 @@ class ConvSparseAutoencoder(nn.Module):
         act = Act(activation, group_size, groups, threshold, learn_threshold)
         self.coder = make_coder(dictionaries, act, 1, steps, solver, joint, step)
         self.pre_bias = nn.Parameter(torch.zeros(in_chans)) if pre_bias else None
-        self.min_size = 1
-        for dictionary in reversed(dictionaries):
-            self.min_size = max(reached(self.min_size, dictionary), 1)
+        self.min_size = least_side(dictionaries)
         self.num_features = num_atoms[-1]
         names = {layer: name for name, layer in self.named_modules()}
         self.feature_info = [
@@ -140,10 +138,7 @@ class ConvSparseAutoencoder(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of images, (batch, num_features, h, w). Raises ValueError for too small images."""
-        if min(x.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f"images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: this network needs {self.min_size} a side"
-            )
+        check_size(x, self.min_size)
         return self.coder(x if self.pre_bias is None else x - self.pre_bias[:, None, None])
 
     def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -154,7 +149,8 @@ class ConvSparseAutoencoder(nn.Module):
         layers = layers_of(self.coder)
         sizes = [tuple(size or self.img_size)]
         for layer in layers[:-1]:
-            sizes.append(tuple(code_side(side, layer.dictionary) for side in sizes[-1]))
+            dictionary = cast(ConvDictionary, layer.dictionary)
+            sizes.append(tuple(dictionary.code_side(side) for side in sizes[-1]))
         for layer, signal in zip(reversed(layers), reversed(sizes), strict=True):
             z = layer.decode(z, signal)
         return z if self.pre_bias is None else z + self.pre_bias[:, None, None]
@@ -175,17 +171,6 @@ def make_coder(
 def layers_of(coder: SparseCoding | DeepSparseCoding) -> list[SparseCoding]:
     """From the image to the deepest code."""
     return [coder] if isinstance(coder, SparseCoding) else list(coder)
-
-
-def code_side(side: int, dictionary: Dictionary) -> int:
-    """Height (or width) of the code of a signal of height `side`, as of `nn.Conv2d`."""
-    assert isinstance(dictionary, ConvDictionary)
-    return (side + 2 * dictionary.padding - dictionary.kernel_size) // dictionary.stride + 1
-
-
-def reached(side: int, dictionary: ConvDictionary) -> int:
-    """Least height (or width) of a signal whose code is of height `side`."""
-    return (side - 1) * dictionary.stride + dictionary.kernel_size - 2 * dictionary.padding
 
 
 def check_no_classes(num_classes: int) -> None:

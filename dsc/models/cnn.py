@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsc.activations import Activation
 from dsc.dictionaries import ConvDictionary
 from dsc.layers import DeepSparseCoding, SparseCoding
-from dsc.models._build import Act, build, sparse_layer
+from dsc.models._build import Act, build, check_size, least_side, sparse_layer
 from dsc.models._build import default_cfgs as make_default_cfgs
 from dsc.models._heads import MapClassifier
 from dsc.solvers import ISTA, create_solver
@@ -61,14 +61,15 @@ class DSCNN(MapClassifier):
         plain = steps == 1
         act = Act(activation, group_size, groups, threshold, not plain if learn_threshold is None else learn_threshold)
         rule = create_solver(solver, steps)
+        shapes = zip((in_chans, *channels), channels, kernel_sizes, strides, paddings, strict=False)
         layers: list[SparseCoding] = []
-        for shape in zip((in_chans, *channels), channels, kernel_sizes, strides, paddings, strict=False):
+        dictionaries: list[ConvDictionary] = []
+        for shape in shapes:
             size = layers[-1].code_size if layers else 1.0
-            layers.append(sparse_layer(ConvDictionary(*shape), act, 1, rule, size))
+            dictionaries.append(ConvDictionary(*shape))
+            layers.append(sparse_layer(dictionaries[-1], act, 1, rule, size))
         self.coder = DeepSparseCoding(layers, rule, joint)
-        self.min_size = 1
-        for kernel, stride, padding in reversed(list(zip(kernel_sizes, strides, paddings, strict=True))):
-            self.min_size = max((self.min_size - 1) * stride + kernel - 2 * padding, 1)
+        self.min_size = least_side(dictionaries)
         self.feature_info = [
             dict(num_chs=c, reduction=prod(strides[: i + 1]), module=f"coder.layers.{i}.code")
             for i, c in enumerate(channels)
@@ -88,10 +89,7 @@ class DSCNN(MapClassifier):
 
         Raises ValueError for too small images.
         """
-        if min(x.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f"images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: this network needs {self.min_size} a side"
-            )
+        check_size(x, self.min_size)
         return self.tail(self.norm(self.coder(x)))
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dsc.activations import Activation
 from dsc.dictionaries import ConvDictionary
-from dsc.models._build import Act, build, sparse_layer
+from dsc.models._build import Act, build, check_size, sparse_layer
 from dsc.models._build import default_cfgs as make_default_cfgs
 from dsc.models._heads import MapClassifier
 from dsc.solvers import ISTA, create_solver
@@ -107,10 +107,7 @@ class DSCSpeed(MapClassifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised code of the last stage, (batch, channels, h, w). Raises ValueError for too small images."""
-        if min(x.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f"images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: this network needs {self.min_size} a side"
-            )
+        check_size(x, self.min_size)
         return self.norm(self.stages(self.whiten(x)))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsc.shrinkage import group_relu, grouped
-from dsc.theory.guarantees import Finding
+from dsc.theory.guarantees import Finding, group_errors
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def alignment(
         raise ValueError(f"no group that should be active is: threshold={threshold} is too large")
     per_atom, active = energy.repeat_interleave(group_size), (energy > 0).repeat_interleave(group_size)
     alpha = (atoms * truth).sum(1)
-    errors = grouped(error, group_size, 0).flatten(1).norm(dim=1)
+    errors = group_errors(atoms, truth, group_size)
     rest = (gradient - (per_atom * alpha).unsqueeze(1) * error).norm(dim=1)
     remainder = float((rest / (per_atom * errors.repeat_interleave(group_size)))[active].max())
     bound = float(alpha.max()) * (group_size**2 + 1) ** 0.5 + float(errors.max())
@@ -96,7 +96,7 @@ def printed_contraction(atoms: Tensor, truth: Tensor, group_size: int) -> Findin
     low, high = float(alpha.min()), float(alpha.max())
     if low <= 0:
         raise ValueError(f"Theorem 2 needs every ⟨a_i, a*_i⟩ > 0, the least is {low:.4g}")
-    error = float(grouped(atoms - truth, group_size, 0).flatten(1).norm(dim=1).max())
+    error = float(group_errors(atoms, truth, group_size).max())
     squared = group_size * (high * (group_size**2 + 1) ** 0.5 + error) ** 2
     value = (low - squared / low) / high
     note = f"α_min² = {low**2:.4g} would have to exceed {squared:.4g}: the printed constant predicts no contraction"
@@ -114,7 +114,7 @@ def norm_condition(
     _, energy, tau = _expected(atoms, signals, codes, threshold, group_size)
     if not (energy > 0).all():
         raise ValueError(f"group {int(energy.argmin())} is active in no signal: it has no τ")
-    errors = grouped(atoms - truth, group_size, 0).flatten(1).norm(dim=1)
+    errors = group_errors(atoms, truth, group_size)
     own = (grouped(atoms, group_size, 0) @ grouped(truth, group_size, 0).mT).square().sum((1, 2))
     right = 3 * (2 - tau) * (tau - 2 / 3) * atoms.shape[1] + (tau - 1).square() * errors.max().square()
     holds = bool((own <= right / tau.square()).all())

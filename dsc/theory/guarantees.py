@@ -90,7 +90,7 @@ def block_coherence(atoms: Tensor, group_size: int) -> Finding:
 
 def dictionary_error(atoms: Tensor, truth: Tensor, group_size: int) -> Finding:
     """``δ = max_g ‖A_g − A*_g‖_F``, which is assumed to be at most 1; beyond it Lemma 1's range is empty."""
-    value = float(_group_norms(atoms - truth, group_size).max())
+    value = float(group_errors(atoms, truth, group_size).max())
     return Finding("dictionary error δ ≤ 1", value, value <= 1, False, "")
 
 
@@ -159,5 +159,6 @@ def _range(statement: str, lower: float, upper: float, printed: tuple[float, flo
     return SupportRange(f"{statement}, length", upper - lower, open_, not open_, shown, lower, upper, printed)
 
 
-def _group_norms(rows: Tensor, group_size: int) -> Tensor:
-    return grouped(rows, group_size, 0).flatten(1).norm(dim=1)
+def group_errors(atoms: Tensor, truth: Tensor, group_size: int) -> Tensor:
+    """``‖A_g − A*_g‖_F`` of each group."""
+    return grouped(atoms - truth, group_size, 0).flatten(1).norm(dim=1)
