@@ -199,7 +199,7 @@ def test_small_images_and_wrong_sizes_are_named():
 def test_feature_maps_are_the_codes_of_the_layers():
     model = make("sae_conv_deep").eval()
     torch.manual_seed(0)
-    features = models.create_model("sae_conv_deep", features_only=True, out_indices=(0, 1), **CONV).double().eval()
+    features = models.create_model("sae_conv_deep", features_only=True, **CONV).double().eval()
     assert (features.feature_info.channels(), features.feature_info.reduction()) == ([8, 12], [2, 4])
     x = images(2, 1, 10, 12)
     for found, code in zip(features(x), model.coder.codes(x), strict=True):

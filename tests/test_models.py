@@ -188,6 +188,12 @@ def test_bfloat16_is_close_to_full_precision(name):
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.parametrize("name", [n for n in MODELS if not hasattr(entry(n), "feature_info")])
+def test_models_without_feature_maps_say_so(name):
+    with pytest.raises(ValueError, match=f"{name} has no maps of several resolutions"):
+        entry(name, features_only=True)
+
+
 @pytest.mark.parametrize("name", [n for n in MODELS if hasattr(entry(n), "feature_info")])
 def test_feature_maps_have_the_channels_and_sizes_that_are_declared(name):
     model = entry(name, features_only=True).eval()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -107,10 +108,19 @@ def default_cfgs(**architectures: dict[str, Any]) -> dict[str, DefaultCfg]:
     return found
 
 
-def build(model: type[M], architecture: str, pretrained: bool, kwargs: dict[str, Any], **build_args: Any) -> M:
+def build(
+    model: type[M],
+    architecture: str,
+    pretrained: bool,
+    kwargs: dict[str, Any],
+    stages: str | None = None,
+    **feature_cfg: Any,
+) -> M:
     """Build `model` through timm; a checkpoint's own arguments are read from its `config.json`.
 
-    Raises ValueError where an argument contradicts the checkpoint's.
+    `stages` names the constructor's argument with an entry a stage, where there are feature maps; `feature_cfg` tells
+    timm how to take them. Raises ValueError where an argument contradicts the checkpoint's, or for `features_only` of
+    a model without maps.
     """
     tag = kwargs.get("pretrained_cfg")
     name = f"{architecture}.{tag}" if isinstance(tag, str) and tag else None
@@ -121,7 +131,14 @@ def build(model: type[M], architecture: str, pretrained: bool, kwargs: dict[str,
         check_against(name, config["model_args"], kwargs)
         kwargs = config["model_args"] | kwargs | {"pretrained_cfg": name.split(".", 1)[1]}
     kwargs = take_options(kwargs)
-    return build_model_with_cfg(model, architecture, pretrained, **build_args, **kwargs)
+    if stages is None:
+        if kwargs.get("features_only"):
+            raise ValueError(f"features_only is not possible here: {architecture} has no maps of several resolutions")
+        return build_model_with_cfg(model, architecture, pretrained, **kwargs)
+    each = kwargs.get(stages, signature(model).parameters[stages].default)
+    return build_model_with_cfg(
+        model, architecture, pretrained, feature_cfg=dict(out_indices=tuple(range(len(each))), **feature_cfg), **kwargs
+    )
 
 
 def take_options(kwargs: dict[str, Any]) -> dict[str, Any]:

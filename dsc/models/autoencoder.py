@@ -206,8 +206,8 @@ def _grouped(kwargs: dict[str, Any], group_size: int) -> dict[str, Any]:
     return kwargs if sized or not is_grouped(kwargs["activation"]) else kwargs | dict(group_size=group_size)
 
 
-def _features(depth: int) -> dict[str, Any]:
-    return dict(out_indices=tuple(range(depth)), feature_cls="hook")
+def _conv_build(architecture: str, pretrained: bool, kwargs: dict[str, Any]) -> ConvSparseAutoencoder:
+    return build(ConvSparseAutoencoder, architecture, pretrained, kwargs, stages="num_atoms", feature_cls="hook")
 
 
 @register_model
@@ -237,25 +237,22 @@ def sae_deep(pretrained: bool = False, **kwargs: Any) -> SparseAutoencoder:
 @register_model
 def gsae_conv(pretrained: bool = False, **kwargs: Any) -> ConvSparseAutoencoder:
     """Eight groups of eight atoms of 8×8 pixels, four pixels apart."""
-    return build(ConvSparseAutoencoder, "gsae_conv", pretrained, _grouped(kwargs, 8), feature_cfg=_features(1))
+    return _conv_build("gsae_conv", pretrained, _grouped(kwargs, 8))
 
 
 @register_model
 def sae_conv(pretrained: bool = False, **kwargs: Any) -> ConvSparseAutoencoder:
     """The same with a two-sided ℓ1 code."""
-    kwargs = dict(activation="soft") | kwargs
-    return build(ConvSparseAutoencoder, "sae_conv", pretrained, kwargs, feature_cfg=_features(1))
+    return _conv_build("sae_conv", pretrained, dict(activation="soft") | kwargs)
 
 
 @register_model
 def gsae_conv_deep(pretrained: bool = False, **kwargs: Any) -> ConvSparseAutoencoder:
     """Three dictionaries of 32, 64 and 128 atoms of 4×4 pixels, each of stride 2, groups of eight."""
-    kwargs = CONV_DEEP | _grouped(kwargs, 8)
-    return build(ConvSparseAutoencoder, "gsae_conv_deep", pretrained, kwargs, feature_cfg=_features(3))
+    return _conv_build("gsae_conv_deep", pretrained, CONV_DEEP | _grouped(kwargs, 8))
 
 
 @register_model
 def sae_conv_deep(pretrained: bool = False, **kwargs: Any) -> ConvSparseAutoencoder:
     """The same with two-sided ℓ1 codes."""
-    kwargs = CONV_DEEP | dict(activation="soft") | kwargs
-    return build(ConvSparseAutoencoder, "sae_conv_deep", pretrained, kwargs, feature_cfg=_features(3))
+    return _conv_build("sae_conv_deep", pretrained, CONV_DEEP | dict(activation="soft") | kwargs)

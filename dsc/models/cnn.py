@@ -105,8 +105,7 @@ default_cfgs = make_default_cfgs(dsc_cnn=_cfg, dsc_cnn_cifar=_cfg, dsc_cnn_pico=
 
 
 def _cnn(architecture: str, pretrained: bool, kwargs: dict[str, Any]) -> DSCNN:
-    stages = tuple(range(len(kwargs.get("channels", (32, 64, 512)))))
-    return build(DSCNN, architecture, pretrained, kwargs, feature_cfg=dict(out_indices=stages, feature_cls="hook"))
+    return build(DSCNN, architecture, pretrained, kwargs, stages="channels", feature_cls="hook")
 
 
 @register_model

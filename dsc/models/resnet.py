@@ -112,9 +112,7 @@ default_cfgs = make_default_cfgs(dsc_resnet18=_cfg, dsc_resnet20=_cfg, dsc_resne
 
 
 def _resnet(architecture: str, pretrained: bool, shape: dict[str, Any], kwargs: dict[str, Any]) -> DSCResNet:
-    stages = range(len(kwargs.get("depths", shape["depths"])))
-    features = dict(out_indices=tuple(stages), flatten_sequential=True)
-    return build(DSCResNet, architecture, pretrained, shape | kwargs, feature_cfg=features)
+    return build(DSCResNet, architecture, pretrained, shape | kwargs, stages="depths", flatten_sequential=True)
 
 
 @register_model

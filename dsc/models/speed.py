@@ -120,5 +120,4 @@ default_cfgs = make_default_cfgs(dsc_speed=_cfg)
 @register_model
 def dsc_speed(pretrained: bool = False, **kwargs: Any) -> DSCSpeed:
     """Three stages of 64, 256 and 256 channels."""
-    stages = tuple(range(len(kwargs.get("channels", (64, 256, 256)))))
-    return build(DSCSpeed, "dsc_speed", pretrained, kwargs, feature_cfg=dict(out_indices=stages, feature_cls="hook"))
+    return build(DSCSpeed, "dsc_speed", pretrained, kwargs, stages="channels", feature_cls="hook")
