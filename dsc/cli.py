@@ -1,4 +1,4 @@
-"""The command line: `dsc train` (configuration → fit → test → report), `models`, `evaluate` and `reproduce`."""
+"""The command line: `dsc train` (configuration → fit → test → report) and what is done with models and runs."""
 
 import re
 import sys
@@ -17,8 +17,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dsc import catalogue, hub, report, runs
+from dsc import export as exporting
+from dsc import predict as prediction
 from dsc._names import unknown
 from dsc.data import ImageData
+from dsc.models import load
 from dsc.reproduce import EXPERIMENTS, results
 from dsc.tasks import Classifier, Reconstructor, Task
 
@@ -182,7 +185,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(f"dsc: {unknown('command', command, COMMANDS)}")
     try:
         COMMANDS[command](rest)
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError) as error:
         sys.stderr.write(f"dsc {command}: {_cause(str(error))}\n")
         sys.exit(2)
 
@@ -196,7 +199,7 @@ def evaluate(args: Sequence[str]) -> None:
     parsed = parser.parse_args(args)
     _quiet()
     for name in parsed.checkpoint:
-        folder = Path(name) if (Path(name) / hub.CONFIG).is_file() else hub.find(name)
+        folder = hub.locate(name)
         summary, curves = report.measure_checkpoint(folder, parsed.root)
         print(f"{folder.name}: {report.text(summary)}\n")
         if parsed.picture:
@@ -236,6 +239,33 @@ def models(args: Sequence[str]) -> None:
     print(report.table(catalogue.HEADER, [row.cells() for row in found]))
 
 
+def predict(args: Sequence[str]) -> None:
+    """Classes of image files with their probabilities, and which atoms and groups fired, the strongest first."""
+    parser = ArgumentParser(prog="dsc predict", description=predict.__doc__)
+    parser.add_argument("image", nargs="+", help="a file that Pillow reads; it is resized to the model's input")
+    parser.add_argument("--checkpoint", required=True, help="a published name, or a checkpoint folder")
+    parser.add_argument("--top", type=_count, default=5, help="how many classes, atoms and groups (default: 5)")
+    parsed = parser.parse_args(args)
+    model = load(hub.locate(parsed.checkpoint))
+    images = prediction.read_images(model, parsed.image)
+    for path, found in zip(parsed.image, prediction.predict(model, images), strict=True):
+        print(f"{path}: {prediction.text(found, parsed.top)}\n")
+
+
+def export(args: Sequence[str]) -> None:
+    """Write a checkpoint as a file that runs without this library, and check what it computes."""
+    parser = ArgumentParser(prog="dsc export", description=export.__doc__)
+    parser.add_argument("checkpoint", help="a published name, or a checkpoint folder")
+    parser.add_argument("--format", choices=exporting.SUFFIX, default="onnx", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="the file (default: the checkpoint's name, in this folder)")
+    parsed = parser.parse_args(args)
+    folder = hub.locate(parsed.checkpoint)
+    path = parsed.out or Path(folder.name + exporting.SUFFIX[parsed.format])
+    _quiet()
+    difference = exporting.export(load(folder), path, parsed.format)
+    print(f"{path}: {path.stat().st_size:,} bytes, any batch size, outputs within {difference:.1e} of the model's")
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
@@ -247,4 +277,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
     "models": models,
     "evaluate": evaluate,
     "reproduce": reproduce,
+    "predict": predict,
+    "export": export,
 }

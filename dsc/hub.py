@@ -35,6 +35,11 @@ def find(name: str) -> Path:
     return folders[name]
 
 
+def locate(name: str | Path) -> Path:
+    """Folder of a checkpoint by its published name or its path. Raises ValueError for neither, with the nearest name."""
+    return Path(name) if (Path(name) / CONFIG).is_file() else find(str(name))
+
+
 def default_checkpoint(architecture: str) -> str | None:
     """First published checkpoint of an architecture, which its untagged name stands for; None without any."""
     return next((name for name in checkpoint_folders() if name.split(".")[0] == architecture), None)

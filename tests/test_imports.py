@@ -17,7 +17,7 @@ ROWS = [
     ["tasks"],
     ["synthetic_data"],
     ["data"],
-    ["catalogue"],
+    ["catalogue", "export", "predict"],
     ["models"],
     ["hub"],
     ["metrics", "regularizers"],

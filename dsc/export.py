@@ -1,0 +1,74 @@
+"""A model as a file that runs without this library: ONNX, or `torch.export`'s own; checked before it is kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dsc._names import unknown
+
+Format = Literal["onnx", "torch"]
+SUFFIX: dict[str, str] = {"onnx": ".onnx", "torch": ".pt2"}
+TOLERANCE = 1e-4  # largest difference of an output to the model's, relative to the output's largest entry
+
+
+def export(model: nn.Module, path: str | Path, format: Format = "onnx") -> float:
+    """Write `model` in evaluation mode, for batches of any size; returns the largest relative difference of outputs.
+
+    The difference ``max|f(x) − m(x)|/max|m(x)|`` is of what the written file computes, for one and for three images of
+    the model's own input size. ONNX needs the packages of ``deep-sparse-coding[export]``.
+
+    Raises:
+        ValueError: an unknown format, or a difference above 1e-4: then nothing is left behind.
+        FileExistsError: the file is there already. ImportError: a package is missing.
+    """
+    path = Path(path)
+    if format not in get_args(Format):
+        raise ValueError(unknown("format", format, get_args(Format)))
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: give another file name")
+    size = model.eval().pretrained_cfg["input_size"]  # type: ignore[index]
+    part = path.with_name(f".{path.name}.part{SUFFIX[format]}")  # renamed once it is whole and right
+    try:
+        run = _write[format](model, part, torch.randn(2, *size))
+        difference = max(_difference(run, model, torch.randn(n, *size)) for n in (1, 3))
+        if not difference <= TOLERANCE:
+            raise ValueError(f"the exported file computes something else: relative difference {difference:.2g}")
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return difference
+
+
+@torch.no_grad()
+def _difference(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> float:
+    expected = model(x)
+    return float((run(x) - expected).abs().max() / expected.abs().max())
+
+
+def _exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def _write_torch(model: nn.Module, path: Path, x: Tensor) -> Callable[[Tensor], Tensor]:
+    torch.export.save(_exported(model, x), path)
+    return torch.export.load(path).module()
+
+
+def _write_onnx(model: nn.Module, path: Path, x: Tensor) -> Callable[[Tensor], Tensor]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"ONNX needs {error.name}: pip install 'deep-sparse-coding[export]'") from None
+    program = torch.onnx.export(_exported(model, x), (x,), dynamo=True, input_names=["images"], verbose=False)
+    assert program is not None
+    program.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+_write = {"onnx": _write_onnx, "torch": _write_torch}
