@@ -1,10 +1,11 @@
-"""What each model of the zoo is and costs: `describe_models`, the table of `dsc models`.
+"""What each model of the zoo is and costs, and what each published checkpoint reaches: the tables of `dsc models`.
 
 Models are built and run on torch's meta device, where tensors have shapes and no values: nothing is computed.
 """
 
 import fnmatch
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,10 +16,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dsc import hub
 from dsc._names import unknown
 from dsc.models import create_model, list_models
 
 HEADER = ["model", "family", "input", "parameters", "multiply-accumulates", "stages", "pretrained"]
+CHECKPOINT_HEADER = [
+    "checkpoint", "data", "activation", "seed", "accuracy, %", "with augmentation", "mse", "active", "MB",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,31 @@ class ModelInfo:
         size = "×".join(map(str, self.input_size))
         counts = [f"{self.parameters:,}", f"{self.macs:,}", str(self.stages or "")]
         return [self.name, self.family, size, *counts, ", ".join(self.pretrained)]
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a published checkpoint's card says of it; accuracies are fractions of the test set, mse is per entry.
+
+    `accuracy_tta` is that with test-time augmentation. A figure that the checkpoint does not have is None.
+    """
+
+    name: str
+    dataset: str
+    activation: str
+    seed: int
+    accuracy: float | None
+    accuracy_tta: float | None
+    mse: float | None
+    active_fraction: float
+    megabytes: float
+
+    def cells(self) -> list[str]:
+        """The facts as text, in the order of `CHECKPOINT_HEADER`."""
+        percent = ["" if a is None else f"{100 * a:.2f}" for a in (self.accuracy, self.accuracy_tta)]
+        mse = "" if self.mse is None else f"{self.mse:.4f}"
+        measured = [*percent, mse, f"{self.active_fraction:.3f}"]
+        return [f"`{self.name}`", self.dataset, self.activation, str(self.seed), *measured, f"{self.megabytes:.1f}"]
 
 
 def describe_models(pattern: str = "*") -> list[ModelInfo]:
@@ -88,6 +118,35 @@ def describe_model(name: str, image_size: tuple[int, int] | None = None, **kwarg
         macs=counter.get_total_flops() // 2,
         stages=len(getattr(model, "feature_info", ())),
         pretrained=tuple(tagged.partition(".")[2] for tagged in timm.list_pretrained(name)),
+    )
+
+
+def describe_checkpoints(pattern: str = "*") -> list[CheckpointInfo]:
+    """Facts of every published checkpoint whose name matches a shell pattern, from their cards.
+
+    Raises ValueError for a pattern that matches none, with the nearest name.
+    """
+    folders = hub.checkpoint_folders()
+    names = fnmatch.filter(sorted(folders), pattern)
+    if not names:
+        raise ValueError(unknown("checkpoint", pattern, folders))
+    return [describe_checkpoint(folders[name]) for name in names]
+
+
+def describe_checkpoint(folder: Path) -> CheckpointInfo:
+    """Facts of a checkpoint folder, from its card."""
+    facts = hub.read_config(folder)["dsc"]
+    metrics = facts["metrics"]
+    return CheckpointInfo(
+        name=folder.name,
+        dataset=facts["dataset"],
+        activation=facts["activation"],
+        seed=facts["seed"],
+        accuracy=metrics.get("accuracy"),
+        accuracy_tta=metrics.get("accuracy_tta"),
+        mse=metrics.get("mse"),
+        active_fraction=metrics["sparsity/active_fraction/total"],
+        megabytes=(folder / hub.WEIGHTS).stat().st_size / 1e6,
     )
 
 

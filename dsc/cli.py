@@ -235,8 +235,13 @@ def models(args: Sequence[str]) -> None:
     parser.add_argument(
         "pattern", nargs="?", default="*", help="shell pattern of our names; where none fits, of timm's"
     )
-    found = catalogue.describe_models(parser.parse_args(args).pattern)
-    print(report.table(catalogue.HEADER, [row.cells() for row in found]))
+    parser.add_argument("--pretrained", action="store_true", help="list published checkpoints, with their figures")
+    parsed = parser.parse_args(args)
+    if parsed.pretrained:
+        rows = [row.cells() for row in catalogue.describe_checkpoints(parsed.pattern)]
+        print(report.table(catalogue.CHECKPOINT_HEADER, rows))
+    else:
+        print(report.table(catalogue.HEADER, [row.cells() for row in catalogue.describe_models(parsed.pattern)]))
 
 
 def predict(args: Sequence[str]) -> None:

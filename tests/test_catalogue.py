@@ -3,7 +3,7 @@ import timm
 import torch
 
 import dsc
-from dsc import catalogue, models
+from dsc import catalogue, hub, models
 
 
 def test_every_model_of_the_zoo_is_described():
@@ -85,3 +85,19 @@ def test_work_is_counted_for_the_image_size_that_is_asked_for():
     assert (small.input_size, large.input_size) == ((1, 16, 16), (1, 32, 32))
     head = 128 * 10
     assert large.macs - head == 4 * (small.macs - head)
+
+
+def test_checkpoints_are_described_by_their_cards():
+    for row in catalogue.describe_checkpoints():
+        config = hub.read_config(hub.find(row.name))
+        metrics = config["dsc"]["metrics"]
+        assert (row.accuracy, row.mse) == (metrics.get("accuracy"), metrics.get("mse"))
+        assert row.active_fraction == metrics["sparsity/active_fraction/total"]
+        assert row.name.startswith(config["architecture"] + ".") and config["dsc"]["dataset"] in row.name
+        assert len(row.cells()) == len(catalogue.CHECKPOINT_HEADER)
+    assert [row.name for row in catalogue.describe_checkpoints("dsc_cnn.mnist_relu")] == ["dsc_cnn.mnist_relu"]
+
+
+def test_unknown_checkpoints_name_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'dsc_cnn.mnist_relu'"):
+        catalogue.describe_checkpoints("dsc_cnn.mnist_rel")

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from dsc import hub
+from dsc import cli, hub
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -41,6 +41,11 @@ def test_convergence_table_is_the_published_checkpoint_s():
     for saved, (_, _, cells) in zip(facts["convergence"], rows, strict=True):
         shown = [float(cell) for cell in cells.split("|")]
         assert shown == pytest.approx([*saved["errors"].values(), saved["rate"]], abs=0.005)
+
+
+def test_table_of_checkpoints_is_that_of_their_cards(capsys):
+    cli.main(["models", "--pretrained"])
+    assert capsys.readouterr().out in README, "paste the output of `dsc models --pretrained` into README.md"
 
 
 def test_accuracy_in_the_table_is_the_published_checkpoint_s():
