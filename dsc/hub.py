@@ -41,8 +41,12 @@ def locate(name: str | Path) -> Path:
 
 
 def default_checkpoint(architecture: str) -> str | None:
-    """First published checkpoint of an architecture, which its untagged name stands for; None without any."""
-    return next((name for name in checkpoint_folders() if name.split(".")[0] == architecture), None)
+    """Published checkpoint that an architecture's untagged name stands for; None without any.
+
+    The first by name, a plain twin (`<architecture>.<data>_plain`) only where there is no other.
+    """
+    names = [name for name in checkpoint_folders() if name.split(".")[0] == architecture]
+    return min(names, key=lambda name: (name.endswith("_plain"), name), default=None)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

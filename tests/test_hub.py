@@ -281,3 +281,30 @@ assert models.create_model("dsc_cnn").num_classes == 10, "a published checkpoint
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=published, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_plain_twin_is_no_default(tmp_path, monkeypatch):
+    names = ["dsc_cnn.a_plain", "dsc_cnn.b_relu", "dsc_cnn.c_relu", "gsae.a_plain"]
+    monkeypatch.setattr(hub, "checkpoint_folders", lambda: dict.fromkeys(names, tmp_path))
+    assert hub.default_checkpoint("dsc_cnn") == "dsc_cnn.b_relu"
+    assert hub.default_checkpoint("gsae") == "gsae.a_plain" and hub.default_checkpoint("sae") is None
+
+
+def test_timm_s_hub_names_load_from_the_cache(model, tmp_path):
+    """A stand-in of huggingface_hub's cache, as a download would have left it; no network."""
+    repository = tmp_path / "hub" / "models--someone--digits"
+    save(model, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    torch.save(model(inputs(model, {})), tmp_path / "expected.pt")
+    script = """
+import timm, torch
+import dsc.models
+x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+model = timm.create_model("hf-hub:someone/digits", pretrained=True).eval()
+assert torch.equal(model(x), torch.load("expected.pt"))
+assert tuple(model.pretrained_cfg["mean"]) == (0.25,) * 3
+"""
+    offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    offline.pop("HF_HUB_CACHE", None)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=offline)
