@@ -1,6 +1,7 @@
 """The Python of README and docs runs as it stands, and README's figures are those of the published checkpoint."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +33,26 @@ def test_extending_runs_in_order_and_each_part_is_short(monkeypatch):
     monkeypatch.setitem(sys.modules, page.__name__, page)  # timm looks up the module of what it registers
     for block in blocks:
         exec(block, page.__dict__)
+
+
+def test_front_page_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/index.md").read_text(), re.S):
+        exec(block, names)
+    assert names["codes"].shape == (2, 32, 32, 32)
+
+
+def test_documentation_builds_without_a_broken_link(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT)
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert all((tmp_path / page / "index.html").is_file() for page in pages)
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
 
 
 def test_convergence_table_is_the_published_checkpoint_s():
