@@ -27,7 +27,7 @@ ROWS = [
     ["encode", "learned", "synthetic"],
     ["layers"],
     ["dictionaries", "solvers", "active_set"],
-    ["measures", "recovery", "spectra", "activations", "certificates", "gradients"],
+    ["measures", "recovery", "init", "spectra", "activations", "certificates", "gradients"],
     ["nonconvex", "penalties"],
     ["prox"],
     ["shrinkage"],

@@ -1,8 +1,12 @@
 """Experiments that anyone can run: `dsc reproduce <name>`, one file each."""
 
-from dsc.reproduce import lista
+from dsc.reproduce import gsae_clustering, gsae_mnist, gsae_recovery, gsae_subspaces, lista
 from dsc.reproduce.results import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
+    "gsae_clustering": Experiment(gsae_clustering.__doc__ or "", gsae_clustering.add_arguments, gsae_clustering.run),
+    "gsae_mnist": Experiment(gsae_mnist.__doc__ or "", gsae_mnist.add_arguments, gsae_mnist.run),
+    "gsae_recovery": Experiment(gsae_recovery.__doc__ or "", gsae_recovery.add_arguments, gsae_recovery.run),
+    "gsae_subspaces": Experiment(gsae_subspaces.__doc__ or "", gsae_subspaces.add_arguments, gsae_subspaces.run),
     "lista": Experiment(lista.__doc__ or "", lista.add_arguments, lista.run),
 }

@@ -1,10 +1,10 @@
-"""What an experiment is, and the files it leaves: its figures as JSON, its table as Markdown, its picture."""
+"""What an experiment is, and the files it leaves: its figures as JSON, its table as Markdown, its pictures."""
 
 import json
 import platform
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ PALETTE = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#0072b2", "#c
 
 @dataclass(frozen=True)
 class Results:
-    """An experiment's outcome: `figures` for JSON, `table` in Markdown, and the picture."""
+    """An experiment's outcome: `figures` for JSON, `table` in Markdown, the picture, and further ones by name."""
 
     figures: dict[str, Any]
     table: str
     picture: Figure
+    more_pictures: Mapping[str, Figure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,24 @@ class Experiment:
 
 def check_fresh(folder: Path, name: str) -> None:
     """Raise FileExistsError where `folder` holds results of that experiment already."""
-    for suffix in SUFFIXES:
-        if (folder / f"{name}{suffix}").exists():
-            raise FileExistsError(f"{folder / name}{suffix} exists already: choose another folder with --out")
+    for path in sorted(folder.glob(f"{name}*")):
+        if path.suffix in SUFFIXES and (path.stem == name or path.stem.startswith(f"{name}_")):
+            raise FileExistsError(f"{path} exists already: choose another folder with --out")
 
 
 def write(folder: Path, name: str, results: Results) -> None:
-    """Write `<name>.json`, `<name>.md` and `<name>.png` into `folder`. Raises FileExistsError, never overwrites."""
+    """Write `<name>.json`, `.md` and `.png`, and `<name>_<key>.png` for further pictures, into `folder`.
+
+    Raises FileExistsError, never overwrites.
+    """
     check_fresh(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"experiment": name, "environment": environment(), **results.figures}
     (folder / f"{name}.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
     (folder / f"{name}.md").write_text(results.table + "\n")
     results.picture.savefig(folder / f"{name}.png", dpi=120)
+    for key, picture in results.more_pictures.items():
+        picture.savefig(folder / f"{name}_{key}.png", dpi=120)
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,223 @@
+"""The shallow tied autoencoder of arXiv 2102.07003, trained by Lightning at the cost of one dense product an epoch.
+
+Atoms A are rows, (atoms, features), in groups of d consecutive ones; signals y are rows, too.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from dsc.shrinkage import group_relu
+from dsc.synthetic import GroupSparse
+
+
+class _Entries(torch.autograd.Function):
+    """Entries (row, column) of ``YAᵀ``, computed before; back, only atoms with an entry take part: ``A ← GᵀY``.
+
+    Autograd would keep and go back through the dense product, nearly all of whose gradient is zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, atoms: Tensor, signals: Tensor, products: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(signals, rows, columns)
+        ctx.num_atoms = len(atoms)
+        return products[rows, columns]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        signals, rows, columns = ctx.saved_tensors
+        return _scattered(columns, rows, grads[0], (ctx.num_atoms, len(signals))) @ signals, None, None, None, None
+
+
+def _scattered(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, shape, check_invariants=False)
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """Codes by their active groups: `values` (active, d) of `columns` (active, d) in the signals `rows` (active,)."""
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+
+class ShallowAutoencoder(nn.Module):
+    """``ŷ = Aσ_λ(Aᵀy)`` with the group-sparse ReLU; groups of one atom make it the two-sided soft threshold.
+
+    It computes what `dsc.SparseCoding` does in one step of size 1, but decodes, and goes back, through the active
+    groups alone: with few of many active, the product ``Aᵀy`` is most of a step. Signals get no gradient.
+
+    Args:
+        atoms: the first ones, (atoms, features).
+        group_size: d.
+        threshold: λ.
+    """
+
+    def __init__(self, atoms: Tensor, group_size: int, threshold: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(atoms.clone())
+        self.group_size, self.threshold = group_size, threshold
+
+    def encode(self, signals: Tensor) -> SparseCodes:
+        """The codes of signals (signals, features)."""
+        d = self.group_size
+        with torch.no_grad():
+            products = F.linear(signals, self.weight)
+            rows, groups = (group_energies(products, d) > self.threshold**2).nonzero(as_tuple=True)
+            columns = groups.unsqueeze(1) * d + torch.arange(d, device=groups.device)
+        entries = _Entries.apply(self.weight, signals, products, rows.repeat_interleave(d), columns.flatten())
+        return SparseCodes(rows, columns, group_relu(entries.unflatten(0, columns.shape), self.threshold, d))
+
+    def forward(self, signals: Tensor) -> Tensor:
+        """Reconstructions (signals, features)."""
+        return self.decode(self.encode(signals), len(signals))
+
+    def decode(self, codes: SparseCodes, count: int) -> Tensor:
+        """Reconstructions (count, features) of the codes of that many signals."""
+        starts = torch.searchsorted(codes.rows, torch.arange(count, device=codes.rows.device)) * self.group_size
+        return F.embedding_bag(
+            codes.columns.flatten(), self.weight, starts, mode="sum", per_sample_weights=codes.values.flatten()
+        )
+
+    def loss(self, signals: Tensor) -> Tensor:
+        """``‖Y − Ŷ‖_F²/(2N)``."""
+        return F.mse_loss(self(signals), signals) * (signals.shape[1] / 2)
+
+
+def group_energies(products: Tensor, group_size: int) -> Tensor:
+    """``‖A_gᵀy‖²`` of products (signals, atoms), (signals, groups)."""
+    # Strided sums: a reduction over the few entries of a group is an order slower on a CPU.
+    energy = products[:, ::group_size].square()
+    for j in range(1, group_size):
+        energy.addcmul_(products[:, j::group_size], products[:, j::group_size])
+    return energy
+
+
+class FreshSignals(IterableDataset[Tensor]):
+    """`count` new signals each epoch, in blocks; `seconds` is the time it took to draw them, so far."""
+
+    def __init__(self, problem: GroupSparse, count: int, block: int, generator: Generator) -> None:
+        if count % block:
+            raise ValueError(f"blocks of {block} do not tile {count} signals")
+        self.problem, self.count, self.block, self.generator = problem, count, block, generator
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(self.count // self.block):
+            begin = time.perf_counter()
+            signals = self.problem.sample(self.block, self.generator).signals
+            self.seconds += time.perf_counter() - begin
+            yield signals
+
+
+@dataclass
+class Course:
+    """A training: what was measured of the atoms after `epochs`, the first of them 0, and the loss of each epoch."""
+
+    epochs: list[int] = field(default_factory=list)
+    measured: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+
+
+class Training(LightningModule):
+    """Trains networks side by side on the same signals, by Adam on all signals of an epoch at once.
+
+    Their losses are added. Adam scales each number by its own gradients, so every network is trained as if alone.
+
+    Args:
+        networks: by name.
+        rate: learning rate.
+        measure: a figure of the atoms, taken before the first epoch and after every `every`.
+        schedules: λ of an epoch, for networks whose λ changes.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, ShallowAutoencoder],
+        rate: float,
+        measure: Callable[[Tensor], float],
+        every: int = 1,
+        schedules: Mapping[str, Callable[[int], float]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.networks, self.rate, self.measure, self.every = networks, rate, measure, every
+        self.trained = nn.ModuleList(networks.values())
+        self.schedules = schedules or {}
+        self.courses = {name: Course() for name in networks}
+        self.losses: dict[str, list[Tensor]] = {}
+
+    def on_train_start(self) -> None:
+        self._measure(0)
+
+    def on_train_epoch_start(self) -> None:
+        self.losses = {name: [] for name in self.networks}
+        for name, schedule in self.schedules.items():
+            self.networks[name].threshold = schedule(self.current_epoch)
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        losses = {name: network.loss(batch) for name, network in self.networks.items()}
+        for name, loss in losses.items():
+            self.losses[name].append(loss.detach())
+        return torch.stack(list(losses.values())).sum()
+
+    def on_train_epoch_end(self) -> None:
+        for name, losses in self.losses.items():
+            self.courses[name].loss.append(float(torch.stack(losses).mean()))
+        if (self.current_epoch + 1) % self.every == 0:
+            self._measure(self.current_epoch + 1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), self.rate, fused=True)
+
+    def _measure(self, epoch: int) -> None:
+        for name, network in self.networks.items():
+            self.courses[name].epochs.append(epoch)
+            self.courses[name].measured.append(self.measure(network.weight.detach().cpu()))
+
+
+def fit(module: Training, signals: Iterable[Tensor], blocks: int, epochs: int) -> dict[str, Course]:
+    """Train on `signals`, whose passes are of that many blocks, a step a pass; returns the networks' courses."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    trainer = Trainer(max_epochs=epochs, accumulate_grad_batches=blocks, barebones=True, devices=1)
+    trainer.fit(module, DataLoader(signals, batch_size=None))  # type: ignore[arg-type]
+    module.cpu()
+    return module.courses
+
+
+@torch.no_grad()
+def bare_products(network: ShallowAutoencoder, signals: Tensor, repeats: int = 5) -> tuple[float, float]:
+    """Seconds of the dense product ``AᵀY`` alone, and of all five products of a step, over the active atoms alone.
+
+    The other four are ``AX``, its two gradients, and the encoder's: each has as many multiplications as ``AX``. Two
+    gather rows of A as it does, and two scatter into A. The best of some repetitions.
+    """
+    codes = network.encode(signals)
+    rows, columns = codes.rows.repeat_interleave(network.group_size), codes.columns.flatten()
+    scattered = _scattered(columns, rows, codes.values.flatten(), (len(network.weight), len(signals)))
+    dense = _best(lambda: F.linear(signals, network.weight), repeats)
+    gather = _best(lambda: network.decode(codes, len(signals)), repeats)
+    scatter = _best(lambda: scattered @ signals, repeats)
+    return dense, dense + 2 * (gather + scatter)
+
+
+def step_seconds(network: ShallowAutoencoder, signals: Tensor, repeats: int = 5) -> float:
+    """Seconds of a loss and its gradient, the best of some repetitions."""
+    return _best(lambda: torch.autograd.grad(network.loss(signals), [network.weight]), repeats)
+
+
+def _best(call: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
