@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from dsc import catalogue, hub, report, runs
+from dsc import catalogue, figures, hub, report, runs
 from dsc import export as exporting
 from dsc import predict as prediction
 from dsc._names import unknown
@@ -156,7 +156,7 @@ def _fit_and_report(cli: CLI) -> dict[str, Any] | None:
         task.load_state_dict(best["state_dict"])
     config = yaml.safe_load((cli.run_dir / "config.yaml").read_text())
     summary = report.finish(cli.run_dir, task, cli.datamodule, config)
-    print(f"\n{report.text(summary)}\n\nweights, pictures and logs: {cli.run_dir}")
+    print(f"\n{report.text(summary)}\n\nweights, logs, pictures and the report: {cli.run_dir}")
     return summary
 
 
@@ -166,6 +166,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*validation_step. but have no .val_dataloader.*")
+    warnings.filterwarnings("ignore", message=".*Sparse invariant checks are implicitly disabled.*")
 
 
 def _default_config() -> str:
@@ -203,8 +205,21 @@ def evaluate(args: Sequence[str]) -> None:
         summary, curves = report.measure_checkpoint(folder, parsed.root)
         print(f"{folder.name}: {report.text(summary)}\n")
         if parsed.picture:
-            report.convergence_figure(curves).savefig(parsed.picture, dpi=120)
+            figures.convergence_figure(curves).savefig(parsed.picture, dpi=120)
         report.compare(summary["test"], hub.read_config(folder)["dsc"]["metrics"])
+
+
+def write_report(args: Sequence[str]) -> None:
+    """Write the page of a run or of a checkpoint, or of two side by side: one HTML file, without a network."""
+    parser = ArgumentParser(prog="dsc report", description=write_report.__doc__)
+    parser.add_argument("place", help="a run folder, a checkpoint folder, or a published name")
+    parser.add_argument("other", nargs="?", help="another, to be shown beside it")
+    parser.add_argument("--out", type=Path, help="the file (default: report.html in the run, or in this folder)")
+    parser.add_argument("--data.root", dest="root", help="folder of the data sets (default: DSC_DATA, else data)")
+    parsed = parser.parse_args(args)
+    _quiet()
+    places = [place for place in (parsed.place, parsed.other) if place is not None]
+    print(report.write_report(places, parsed.out, parsed.root))
 
 
 def reproduce(args: Sequence[str]) -> None:
@@ -281,6 +296,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
     "train": train,
     "models": models,
     "evaluate": evaluate,
+    "report": write_report,
     "reproduce": reproduce,
     "predict": predict,
     "export": export,

@@ -1,38 +1,44 @@
-"""What a run leaves behind: its best weights, `summary.json`, a printed table, and pictures."""
+"""What a run leaves behind: its best weights, `summary.json`, a printed table, pictures, and a page."""
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
-from dsc import hub, runs
+from dsc import figures, hub, runs
 from dsc.data import ImageData
+from dsc.details import Details, gather
 from dsc.dictionaries import ConvDictionary, DenseDictionary
+from dsc.figures import Logged
+from dsc.gallery import DEPTHS, gallery, image_layer
 from dsc.metrics import Curves, convergence_curves, curve_figures
 from dsc.observe import sparse_layers
+from dsc.page import Source, page
 from dsc.tasks import Classifier, Reconstructor, Task
 
 COLUMNS = ("active_fraction", "active_group_fraction", "hoyer", "dead_fraction")
-DEPTHS = (1, 2, 4, 8, 16, 32)
 PROBE_IMAGES = 32
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+PAGE, DETAILS = "report.html", "details.json"
 
 
 def finish(run: Path, task: Task, data: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Test the task's model and write its weights, summary and pictures into the run's folder; returns the summary."""
+    """Test the task's model and write its weights, summary, pictures and page into the run's folder.
+
+    Returns the summary.
+    """
     summary, curves = measure(task, data, config["seed_everything"])
     summary["run"] = str(run)
-    save_best(run, task, data, summary, config)
+    best = save_best(run, task, data, summary, config)
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw(run, read_metrics(run), curves, task.model, data.in_chans * data.image_size**2)
+    write_page([source(run, best, task, data)], runs.fresh(run / PAGE))
     return summary
 
 
@@ -52,6 +58,12 @@ def measure(task: Task, data: Any, seed: int) -> tuple[dict[str, Any], Curves]:
 
 def measure_checkpoint(folder: Path, root: str | None = None) -> tuple[dict[str, Any], Curves]:
     """The same for the weights of a checkpoint folder, on the data set they were trained on."""
+    task, data = restore(folder, root)
+    return measure(task, data, hub.read_config(folder)["dsc"]["seed"])
+
+
+def restore(folder: Path, root: str | None = None) -> tuple[Task, ImageData]:
+    """Task and data of a checkpoint folder, with its weights."""
     config = hub.read_config(folder)
     facts = config["dsc"]
     data = ImageData(facts["dataset"], root=root, normalize=facts["normalize"])
@@ -59,7 +71,7 @@ def measure_checkpoint(folder: Path, root: str | None = None) -> tuple[dict[str,
     options = {"test_time_augmentation": True} if "accuracy_tta" in facts["metrics"] else {}
     task = kind(model=config["architecture"], model_args=config["model_args"], data=data, **options)
     hub.load_weights(task.model, folder)
-    return measure(task, data, facts["seed"])
+    return task, data
 
 
 def compare(measured: Mapping[str, float], card: Mapping[str, float], tolerance: float = 2e-4) -> None:
@@ -142,7 +154,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
-def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
+def read_metrics(run: Path) -> Logged:
     """Everything the run logged, by name: (epoch, value), oldest first, from all of its `metrics*.csv`."""
     found: dict[str, dict[int, float]] = {}
     for path in sorted(run.glob("metrics*.csv"), key=lambda p: p.stat().st_mtime):
@@ -154,81 +166,124 @@ def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(values.items()) for name, values in found.items()}
 
 
-def draw(run: Path, logged: dict[str, list[tuple[int, float]]], curves: Curves, model: nn.Module, pixels: int) -> None:
+def draw(run: Path, logged: Logged, curves: Curves, model: nn.Module, pixels: int) -> None:
     """Write `training.png`, `sparsity.png`, and where the model has them `convergence.png` and `atoms.png`."""
-    training_figure(logged).savefig(run / "training.png", dpi=120)
-    sparsity_figure(logged).savefig(run / "sparsity.png", dpi=120)
+    figures.training_figure(logged).savefig(run / "training.png", dpi=120)
+    figures.sparsity_figure(logged).savefig(run / "sparsity.png", dpi=120)
     if curves:
-        convergence_figure(curves).savefig(run / "convergence.png", dpi=120)
+        figures.convergence_figure(curves).savefig(run / "convergence.png", dpi=120)
     atoms = image_atoms(model, pixels)
     if atoms is not None:
-        atoms_figure(atoms).savefig(run / "atoms.png", dpi=120)
-
-
-def training_figure(logged: dict[str, list[tuple[int, float]]]) -> Figure:
-    """Loss, and the quality on validation images, against the epoch."""
-    quality = next((name for name in ("val/accuracy", "val/mse") if name in logged), None)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _lines(left, {name: logged[name] for name in ("train/loss", "val/loss") if name in logged}, "loss (nats or ½ mse)")
-    if quality:
-        _lines(right, {quality: logged[quality]}, quality.removeprefix("val/"))
-    return figure
-
-
-def sparsity_figure(logged: dict[str, list[tuple[int, float]]]) -> Figure:
-    """Active fraction and Hoyer index of every sparse layer against the epoch."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axes, quantity in zip(figure.subplots(1, 2), ("active_fraction", "hoyer"), strict=True):
-        prefix = f"sparsity/{quantity}/"
-        lines = {k.removeprefix(prefix): v for k, v in logged.items() if k.startswith(prefix)}
-        _lines(axes, lines, f"{quantity.replace('_', ' ')} (validation)")
-        axes.set_ylim(0, 1.02)
-    return figure
-
-
-def _lines(axes: Axes, lines: Mapping[str, Iterable[tuple[int, float]]], label: str) -> None:
-    for color, (name, points) in zip(PALETTE * (1 + len(lines) // len(PALETTE)), lines.items(), strict=False):
-        epochs, values = zip(*points, strict=True)
-        axes.plot([epoch + 1 for epoch in epochs], values, marker="o", markersize=3, label=name, color=color)
-    axes.set(xlabel="epoch", ylabel=label)
-    axes.grid(alpha=0.3)
-    if len(lines) > 1:
-        axes.legend(fontsize=7, ncols=1 + len(lines) // 9)
-
-
-def convergence_figure(curves: Curves) -> Figure:
-    """Relative error to the converged code against the solver's step, a panel a layer, log scale."""
-    figure = Figure(figsize=(min(4.2 * len(curves), 13) + 0.5, 3.4 * -(-len(curves) // 3)), layout="constrained")
-    grid = figure.subplots(-(-len(curves) // 3), min(3, len(curves)), squeeze=False, sharey=True).flatten()
-    for axes, (layer, by_solver) in zip(grid, curves.items(), strict=False):
-        for color, (solver, errors) in zip(PALETTE, by_solver.items(), strict=False):
-            axes.semilogy(range(1, len(errors) + 1), errors.cpu(), marker=".", label=solver, color=color)
-        axes.set(title=layer, xlabel="step k", ylabel="‖z$_k$ − z$_{ref}$‖ / ‖z$_{ref}$‖")
-        axes.title.set_fontsize(9)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    for axes in grid[len(curves) :]:
-        axes.remove()
-    return figure
+        figures.atoms_figure(atoms).savefig(run / "atoms.png", dpi=120)
 
 
 def image_atoms(model: nn.Module, pixels: int) -> Tensor | None:
     """Atoms of the first dictionary that lives on images, or None: (atoms, 1 or 3, height, width)."""
-    for module in model.modules():
-        if isinstance(module, ConvDictionary) and module.weight.shape[1] in (1, 3):
-            return module.atoms()
-        if isinstance(module, DenseDictionary) and module.num_features == pixels:
-            return module.atoms(3 if 3 * isqrt(pixels // 3) ** 2 == pixels else 1)
-    return None
+    found = image_layer(model, pixels)
+    if found is None:
+        return None
+    dictionary = found[1].dictionary
+    if isinstance(dictionary, ConvDictionary):
+        return dictionary.atoms()
+    return cast(DenseDictionary, dictionary).atoms(3 if 3 * isqrt(pixels // 3) ** 2 == pixels else 1)
 
 
-def atoms_figure(atoms: Tensor) -> Figure:
-    """Every atom as an image, each scaled to its own range (grey is zero)."""
-    scaled = atoms.float().cpu() / atoms.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12).cpu() / 2 + 0.5
-    picture = make_grid(scaled[:256], nrow=16, padding=1, pad_value=1.0).permute(1, 2, 0)
-    figure = Figure(figsize=(6, 6 * picture.shape[0] / picture.shape[1] + 0.1), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(picture.numpy(), interpolation="nearest")
-    axes.axis("off")
-    return figure
+def write_report(places: Sequence[str], out: Path | None = None, root: str | None = None) -> Path:
+    """Write the page of a run, a published checkpoint or a checkpoint folder, or of two side by side; returns its path.
+
+    A run alone has it in its own folder, others in the current one; none is ever replaced.
+
+    Raises:
+        FileNotFoundError: no such place, no weights, or no folder for `out`. ValueError: a name of no checkpoint.
+        FileExistsError: `out` exists.
+    """
+    found = [locate(place) for place in places]
+    if out is not None:
+        _check_new(out)
+    sources = [source(run, folder, *restore(folder, root)) for run, folder in found]
+    if out is None and len(found) == 1 and found[0][0] is not None:
+        out = found[0][0] / PAGE
+    names = "-and-".join(s.name.replace("/", "-") for s in sources)
+    return write_page(sources, out or runs.fresh(Path(f"report-{names}.html")))
+
+
+def write_page(sources: Sequence[Source], path: Path) -> Path:
+    """Write the page, whole or not at all; beside an earlier one of that name. Returns where."""
+    text = page(sources)
+    path = runs.fresh(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def _check_new(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: choose another file with --out")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder: make it first, or choose another file with --out")
+
+
+def locate(place: str) -> tuple[Path | None, Path]:
+    """Run folder, None for a checkpoint alone, and checkpoint folder of a path or of a published name.
+
+    Raises:
+        FileNotFoundError: neither a run nor a checkpoint, or a run without weights. ValueError: an unknown name.
+    """
+    folder = Path(place)
+    if (folder / hub.CONFIG).is_file():
+        return None, folder
+    if (folder / "config.yaml").is_file():
+        kept = sorted(folder.glob(f"best*/{hub.CONFIG}"), key=lambda path: path.stat().st_mtime)
+        if not kept:
+            raise FileNotFoundError(
+                f"{folder} has no weights yet: its run has not finished; `--ckpt_path last` continues the newest run"
+            )
+        return folder, kept[-1].parent
+    if folder.exists() or folder.name != place:
+        inside = sorted(path.parent for path in folder.glob("*/config.yaml"))
+        hint = f"; did you mean {str(inside[-1])!r}?" if inside else ": a run has config.yaml, a checkpoint config.json"
+        raise FileNotFoundError(f"{place} is neither a run nor a checkpoint{hint}")
+    return None, hub.find(place)
+
+
+def source(run: Path | None, folder: Path, task: Task, data: ImageData) -> Source:
+    """What a page shows of a run, or of the checkpoint `folder` alone; only what is not written yet is measured."""
+    config = hub.read_config(folder)
+    facts, pixels = config["dsc"], data.in_chans * data.image_size**2
+    found = image_layer(task.model, pixels)
+    details = _details(run, task, data, facts)
+    return Source(
+        name=folder.resolve().name if run is None else "/".join(run.resolve().parts[-2:]),
+        architecture=config["architecture"],
+        activation=facts["activation"],
+        summary={
+            "dataset": facts["dataset"],
+            "seed": facts["seed"],
+            "parameters": sum(p.numel() for p in task.model.parameters()),
+            "test": facts["metrics"],
+            "convergence": facts["convergence"],
+        },
+        config=facts["training"],
+        logged={} if run is None else read_metrics(run),
+        details=details,
+        gallery=gallery(task, data, [example["index"] for example in details.examples]),
+        atoms=image_atoms(task.model, pixels),
+        atom_group=1 if found is None else found[1].prox.group_size_of(found[1].dictionary.num_atoms),
+    )
+
+
+def _details(run: Path | None, task: Task, data: ImageData, facts: Mapping[str, Any]) -> Details:
+    # A run keeps them beside its summary, for the weights that they were measured with.
+    path = None if run is None else run / DETAILS
+    if path is not None and path.is_file():
+        kept = json.loads(path.read_text())
+        if kept.pop("sha256") == facts["sha256"]:
+            return Details(**kept)
+    details = gather(task, data, facts["seed"])
+    if path is not None:
+        path.write_text(json.dumps({"sha256": facts["sha256"], **asdict(details)}) + "\n")
+    return details
