@@ -1,13 +1,15 @@
 """Generative models with known ground truth: signals with the dictionary and the codes they were made from."""
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsc.dictionaries import DenseDictionary
+from dsc.dictionaries import ConvDictionary, DenseDictionary, Dictionary
 from dsc.recovery import orthonormal_groups
 from dsc.shrinkage import grouped, nearest_divisors
 
@@ -175,6 +177,127 @@ class GroupSparse:
         codes = torch.zeros(count, len(atoms), dtype=z.dtype, device=z.device).scatter_(1, indices, z)
         supports = torch.zeros(count, self.num_groups, dtype=torch.bool, device=z.device).scatter_(1, chosen, True)
         return GroupSample(x, codes, supports)
+
+
+class DeepSample(NamedTuple):
+    """Signals, and the codes they are made from: those of each layer, the deepest last."""
+
+    signals: Tensor
+    codes: list[Tensor]
+
+
+class DeepSparse:
+    """A chain of dictionaries, ``x_{j−1} = D_j x_j + e_j`` with ‖e_j‖₂ = ε_j and ‖x_j‖₀ ≤ s_j; x_0 is the signal.
+
+    x_J has s_J non-zeros at random places, of magnitudes uniform in [low, high]. Above, codes are sparse where the
+    atoms below them are: ``s_{j−1} = s_j max_i ‖d_i‖₀``. e_1 is white, and of norm ε_1; the other e_j lie on the
+    support of D_j x_j, so that a tolerance costs no sparsity.
+
+    Args:
+        dictionaries: D_1, …, D_J, all dense or all convolutional; see `dsc.frames` for some of low coherence.
+        sparsity: s_J.
+        tolerances: ε_1, …, ε_J; default: none.
+        magnitudes: (low, high).
+        nonneg: no code has an entry below 0.
+        side: height and width of the signals, for convolutional dictionaries.
+
+    Raises:
+        ValueError: dictionaries that do not chain, a tolerance missing or below 0, s_J below 1 or above the entries of
+            x_J, magnitudes that are not 0 < low ≤ high < ∞, a `side` without or missing for convolutions, or `nonneg`
+            with an entry below 0 in D_2, …, D_J.
+    """
+
+    def __init__(
+        self,
+        dictionaries: Sequence[Dictionary],
+        sparsity: int,
+        tolerances: Sequence[float] | None = None,
+        magnitudes: tuple[float, float] = (0.5, 1.0),
+        nonneg: bool = False,
+        side: int | None = None,
+    ) -> None:
+        check_chain(dictionaries)
+        self.dictionaries = list(dictionaries)
+        self.tolerances = [0.0] * len(dictionaries) if tolerances is None else [float(e) for e in tolerances]
+        if len(self.tolerances) != len(dictionaries) or not all(0 <= e < math.inf for e in self.tolerances):
+            raise ValueError(f"tolerances are {len(dictionaries)} numbers of at least 0, one a layer, got {tolerances}")
+        if not 0 < magnitudes[0] <= magnitudes[1] < math.inf:
+            raise ValueError(f"magnitudes must be (least, largest) with 0 < least ≤ largest < inf, got {magnitudes}")
+        for j, dictionary in enumerate(dictionaries[1:], 2):
+            if nonneg and (lowest := float(dictionary.weight.min())) < 0:
+                raise ValueError(f"nonneg codes need non-negative dictionaries below the first, layer {j} has {lowest}")
+        self.magnitudes, self.nonneg = magnitudes, nonneg
+        self.shapes = self._shapes(side)
+        if not 1 <= sparsity <= math.prod(self.shapes[-1]):
+            raise ValueError(f"sparsity must be from 1 to the {math.prod(self.shapes[-1])} entries, got {sparsity}")
+        self.sparsities, self.bounds = self._reach(sparsity)
+
+    def _shapes(self, side: int | None) -> list[tuple[int, ...]]:
+        """Shapes of the signal and of every code."""
+        first = self.dictionaries[0]
+        if not isinstance(first, ConvDictionary):
+            if side is not None:
+                raise ValueError(f"dense dictionaries code vectors: expected side=None, got {side}")
+            return [(first.weight.shape[1],), *((d.num_atoms,) for d in self.dictionaries)]
+        if side is None:
+            raise ValueError("convolutional dictionaries code images: give their height and width as side")
+        shapes: list[tuple[int, ...]] = [(first.weight.shape[1], side, side)]
+        for j, dictionary in enumerate(self.dictionaries, 1):
+            above, side = side, dictionary.code_side(side)  # type: ignore[operator]
+            if side < 1:
+                raise ValueError(f"images of side {shapes[0][-1]} are too small: layer {j} would code {above} pixels")
+            shapes.append((dictionary.num_atoms, side, side))
+        return shapes
+
+    def _reach(self, sparsity: int) -> tuple[list[int], list[float]]:
+        """The s_j, and the B_j that no entry of x_j exceeds: both hold for every code that can be drawn."""
+        sparsities, bounds = [sparsity], [self.magnitudes[1]]
+        below = zip(self.dictionaries[:0:-1], self.tolerances[:0:-1], self.shapes[-2:0:-1], strict=True)
+        for dictionary, tolerance, shape in below:
+            weight = dictionary.weight.detach()
+            taps = weight.abs().transpose(0, 1).flatten(1)  # an entry of Dx meets s atoms at most, each by one tap
+            most = taps.topk(min(sparsities[0], taps.shape[1])).values.sum(1).max()
+            bounds.insert(0, float(most) * bounds[0] + tolerance)
+            spread = int((weight != 0).flatten(1).sum(1).max())
+            sparsities.insert(0, min(sparsities[0] * spread, math.prod(shape)))
+        return sparsities, bounds
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> DeepSample:
+        """That many signals, (count, features) or (count, channels, side, side), and their codes."""
+        weight = self.dictionaries[-1].weight
+        draw: dict[str, Any] = dict(generator=generator, device=weight.device)
+        places = torch.rand(count, math.prod(self.shapes[-1]), **draw).topk(self.sparsities[-1]).indices
+        values = torch.empty(places.shape, dtype=weight.dtype, device=weight.device)
+        values.uniform_(*self.magnitudes, generator=generator)
+        if not self.nonneg:
+            values *= torch.randint(2, values.shape, **draw) * 2 - 1
+        deepest = values.new_zeros(count, math.prod(self.shapes[-1])).scatter_(1, places, values)
+        chain = [deepest.unflatten(1, self.shapes[-1])]
+        for j in reversed(range(len(self.dictionaries))):
+            with torch.no_grad():
+                x = self.dictionaries[j].synthesize(chain[0], self.shapes[j][-2:])
+            error = torch.randn(x.shape, dtype=x.dtype, **draw)
+            if j > 0:
+                error = (error.abs() if self.nonneg else error) * (x != 0)
+            chain.insert(0, x + self.tolerances[j] * F.normalize(error.flatten(1)).view_as(x))
+        return DeepSample(chain[0], chain[1:])
+
+
+def check_chain(dictionaries: Sequence[Dictionary]) -> None:
+    """Raise ValueError unless each dictionary synthesizes codes of the one before it."""
+    if not dictionaries:
+        raise ValueError("a chain needs at least one dictionary")
+    for j, (before, after) in enumerate(pairwise(dictionaries), 2):
+        if before.weight.ndim != after.weight.ndim:
+            kinds = f"{type(after).__name__} after {type(before).__name__}"
+            raise ValueError(
+                f"dictionaries do not chain: layer {j} is a {kinds}; expected all dense or all convolutional"
+            )
+        if after.weight.shape[1] != before.num_atoms:
+            raise ValueError(
+                f"dictionaries do not chain: layer {j} synthesizes {after.weight.shape[1]} features or channels, "
+                f"but layer {j - 1} has {before.num_atoms} atoms"
+            )
 
 
 def gaussian_dictionary(num_features: int, num_atoms: int, seed: int) -> DenseDictionary:

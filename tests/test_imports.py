@@ -31,7 +31,7 @@ ROWS = [
     ["encode", "learned", "synthetic"],
     ["layers"],
     ["dictionaries", "solvers", "active_set"],
-    ["measures", "recovery", "init", "spectra", "activations", "certificates", "gradients"],
+    ["measures", "frames", "recovery", "init", "spectra", "activations", "certificates", "gradients"],
     ["nonconvex", "penalties"],
     ["prox"],
     ["shrinkage"],

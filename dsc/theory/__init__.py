@@ -1,5 +1,8 @@
 """Theory made measurable: what the papers state, with the figure, whether it holds, and whether it says anything."""
 
+from dsc.theory.adversary import Pair, distant_pair
+from dsc.theory.checker import Guarantees, LayerGuarantees, check_model
+from dsc.theory.compiler import Compiled, compile
 from dsc.theory.convergence import (
     Alignment,
     Contraction,
@@ -7,6 +10,15 @@ from dsc.theory.convergence import (
     contraction,
     norm_condition,
     printed_contraction,
+)
+from dsc.theory.deep import (
+    Coherence,
+    Layer,
+    input_stability,
+    measure_layers,
+    mutual_coherence,
+    stability,
+    uniqueness,
 )
 from dsc.theory.guarantees import (
     CodeBounds,
@@ -19,21 +31,55 @@ from dsc.theory.guarantees import (
     observed_support_range,
     support_range,
 )
+from dsc.theory.rates import (
+    LinearRate,
+    MeasuredRate,
+    PredictedLISTACP,
+    coupled_weights,
+    in_sequence,
+    linear_rate,
+    measured_rate,
+    predicted_network,
+    steps_to,
+)
 
 __all__ = [
     "Alignment",
     "CodeBounds",
+    "Compiled",
+    "Coherence",
     "Contraction",
     "Finding",
+    "Guarantees",
+    "Layer",
+    "LayerGuarantees",
+    "LinearRate",
+    "MeasuredRate",
+    "Pair",
+    "PredictedLISTACP",
     "SupportRange",
     "alignment",
     "block_coherence",
+    "check_model",
     "code_bounds",
     "coherence",
+    "compile",
     "contraction",
+    "coupled_weights",
     "dictionary_error",
+    "distant_pair",
+    "in_sequence",
+    "input_stability",
+    "linear_rate",
+    "measure_layers",
+    "measured_rate",
+    "mutual_coherence",
     "norm_condition",
     "observed_support_range",
+    "predicted_network",
     "printed_contraction",
+    "stability",
+    "steps_to",
     "support_range",
+    "uniqueness",
 ]
