@@ -35,12 +35,13 @@ def test_extending_runs_in_order_and_each_part_is_short(monkeypatch):
         exec(block, page.__dict__)
 
 
-def test_front_page_runs(monkeypatch):
+@pytest.mark.parametrize("page", ["index", "paper2"])
+def test_examples_of_the_pages_run(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/index.md").read_text(), re.S):
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S):
         exec(block, names)
-    assert names["codes"].shape == (2, 32, 32, 32)
+    assert page != "index" or names["codes"].shape == (2, 32, 32, 32)
 
 
 def test_documentation_builds_without_a_broken_link(tmp_path):
