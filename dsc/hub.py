@@ -36,7 +36,7 @@ def find(name: str) -> Path:
 
 
 def locate(name: str | Path) -> Path:
-    """Folder of a checkpoint by its published name or its path. Raises ValueError for neither, with the nearest name."""
+    """Folder of a checkpoint by its published name or its path. Raises ValueError for neither, naming the nearest."""
     return Path(name) if (Path(name) / CONFIG).is_file() else find(str(name))
 
 
