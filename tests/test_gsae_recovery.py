@@ -177,8 +177,12 @@ def test_the_command_writes_its_figures(tiny, capsys):
         assert row["plotted_loss"] == pytest.approx([2 * loss / (40 * 80) for loss in row["loss"]], rel=1e-3)
     assert {fact["contraction"]["statement"] for fact in found["theory"]} == {"Theorem 2, contraction an iteration"}
     assert all(fact["printed_contraction_start"]["vacuous"] for fact in found["theory"])
-    assert [row["start"] for row in found["blind"][:4]] == list(STARTS)
-    assert len(found["fixed"]) == 2 * 5 and {row["snr_db"] for row in found["sweep"]} == {20.0}
+    assert [(row["seed"], row["start"]) for row in found["blind"]] == [
+        (seed, start) for seed in (0, 1) for start in STARTS
+    ]
+    # Of the first seed alone.
+    assert [row["seed"] for row in found["fixed"]] == [0] * 5
+    assert [(row["seed"], row["snr_db"]) for row in found["sweep"]] == [(0, 20.0)]
     table = (tiny / "found" / "gsae_recovery.md").read_text()
     assert table.strip() in capsys.readouterr().out
     ends = [r["distance"][-1] for r in rows if r["model"] == "group" and r["snr_db"] == 20]
