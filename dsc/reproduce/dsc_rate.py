@@ -14,7 +14,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from dsc import frames
 from dsc.dictionaries import ConvDictionary, DenseDictionary, Dictionary
 from dsc.report import table
-from dsc.reproduce.results import PALETTE, Results
+from dsc.reproduce.results import PALETTE, Results, spread
 from dsc.synthetic import DeepSample, DeepSparse, gaussian_dictionary
 from dsc.theory.adversary import distant_pair
 from dsc.theory.deep import Layer, covered, mutual_coherence, stability
@@ -299,7 +299,7 @@ def _rate_cells(rows: list[dict[str, Any]]) -> list[str]:
     return [
         first["frame"], str(first["layers"]), "on" if first["noisy"] else "off",
         ", ".join(map(str, first["sparsities"])),
-        _spread([row["predicted_rate"] for row in rows]), _spread([row["measured_rate"] for row in rows]),
+        spread([row["predicted_rate"] for row in rows], 3), spread([row["measured_rate"] for row in rows], 3),
         *(f"{min(row[key] for row in rows):.4f}" for key in ("r_squared", "r_squared_from_zero")),
         f"{worst['predicted_floor']:.1e}" if first["noisy"] else "none",
         f"{worst['last_error']:.1e}", f"{worst['largest_ratio']:.2f}",
@@ -321,10 +321,6 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['frame']}, J = {row['layers']}, {noise}, seed {row['seed']}: ρ {row['predicted_rate']:.3f} predicted, "
         f"{row['measured_rate']:.3f} measured; last error {row['last_error']:.1e}"
     )
-
-
-def _spread(values: list[float]) -> str:
-    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:

@@ -32,8 +32,7 @@ from dsc.models.autoencoder import ConvSparseAutoencoder
 from dsc.report import table
 from dsc.reproduce import gsae_mnist
 from dsc.reproduce.clustering import KMEANS, SPECTRAL, kmeans, scores, shares, spectral
-from dsc.reproduce.gsae_mnist_figures import spread
-from dsc.reproduce.results import PALETTE, Results
+from dsc.reproduce.results import PALETTE, Results, spread
 from dsc.shrinkage import grouped
 from dsc.tasks import Reconstructor
 

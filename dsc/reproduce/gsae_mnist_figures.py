@@ -1,6 +1,6 @@
 """The table and the pictures of `gsae_mnist`, in the arrangement of arXiv 2102.07003."""
 
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from dsc.report import table
-from dsc.reproduce.results import PALETTE
+from dsc.reproduce.results import PALETTE, spread
 from dsc.shrinkage import grouped
 
 PAPER: list[dict[str, Any]] = [
@@ -56,12 +56,6 @@ def training_table(models: list[dict[str, Any]]) -> str:
         lines.append([kind, str(len(own[0]["loss"])), *shown])
     header = ["autoencoder", "epochs", "½ mse", "active atoms", "active groups", "step·L", "seconds an epoch"]
     return table(header, lines)
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean, and over several seeds the standard deviation."""
-    shown = f"{mean(values):.{digits}f}"
-    return f"{shown} ± {stdev(values):.{digits}f}" if len(values) > 1 else shown
 
 
 def draw_models(test: Tensor, atoms: dict[str, Tensor], codes: dict[str, Tensor], group_size: int) -> Figure:

@@ -22,7 +22,7 @@ from dsc.metrics import support_metrics
 from dsc.recovery import dictionary_distance, match_groups
 from dsc.reproduce import baselines
 from dsc.reproduce.gsae_recovery_figures import draw, draw_beyond, markdown
-from dsc.reproduce.results import Results
+from dsc.reproduce.results import Results, stream
 from dsc.reproduce.shallow import Course, FreshSignals, ShallowAutoencoder, Training, bare_products, fit, step_seconds
 from dsc.reproduce.shallow import group_energies as energies
 from dsc.synthetic import GroupSample, GroupSparse, gaussian_dictionary
@@ -127,7 +127,7 @@ class Instance:
 
     def stream(self, use: int) -> Generator:
         """Random numbers for one use, the same at every noise level."""
-        return torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + use)
+        return stream(self.seed, use)
 
     def fresh(self, use: int) -> FreshSignals:
         """New signals each epoch."""

@@ -1,14 +1,14 @@
 """Tables and pictures of `gsae_recovery`, beside the figures of the paper."""
 
 from collections.abc import Callable, Iterable
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dsc.report import table
-from dsc.reproduce.results import PALETTE
+from dsc.reproduce.results import PALETTE, spread
 
 Row = dict[str, Any]
 Figured = Callable[[Row], float]
@@ -48,7 +48,7 @@ def _recovery(rows: list[Row], fast: bool) -> str:
 
     def line(name: str, model: str, figure: Figured, digits: int = 2, percent: bool = False) -> list[str]:
         chosen = [[figure(r) for r in rows if r["model"] == model and r["snr_db"] == level] for level in levels]
-        return [name, *(_percent(values) if percent else _spread(values, digits) for values in chosen)]
+        return [name, *(_percent(values) if percent else spread(values, digits) for values in chosen)]
 
     def paper(name: str) -> list[str]:
         found = PAPER[name]
@@ -87,7 +87,7 @@ def _course(rows: list[Row]) -> str:
     lines = []
     for model, level in _unique((row["model"], row["snr_db"]) for row in rows):
         own = [row["distance"] for row in rows if (row["model"], row["snr_db"]) == (model, level)]
-        lines.append([f"{model}, {_level(level)}", *(_spread([d[epoch] for d in own], 1) for epoch in epochs)])
+        lines.append([f"{model}, {_level(level)}", *(spread([d[epoch] for d in own], 1) for epoch in epochs)])
     return table(["‖A − A*‖² at epoch", *map(str, epochs)], lines)
 
 
@@ -141,7 +141,7 @@ def _sweep(rows: list[Row], epochs: int) -> str:
         lines.append([
             f"{first['threshold']:g}",
             *(_percent([point[name] for point in at[start]]) for start in at for name in ("recall", "exact")),
-            _spread([t["distance"] for t in trained], 1),
+            spread([t["distance"] for t in trained], 1),
             *(_percent([t["support"][name] for t in trained]) for name in ("recall", "precision", "exact")),
         ])  # fmt: skip
     header = [f"λ, {_level(rows[0]['snr_db'])}", "recall at truth", "exact", "recall at start", "exact",
@@ -159,11 +159,11 @@ def _blind(rows: list[Row]) -> str:
         own = [row for row in rows if row["start"] == start]
         lines.append([
             start,
-            _spread([row["active_at_start"] for row in own], 3),
-            _spread([row["affinity"][0] for row in own], 4),
-            _spread([row["mean_squared_cosine"] for row in own], 4),
+            spread([row["active_at_start"] for row in own], 3),
+            spread([row["affinity"][0] for row in own], 4),
+            spread([row["mean_squared_cosine"] for row in own], 4),
             _percent([row["groups_found"] for row in own]),
-            _spread([row["correlation_after_procrustes"] for row in own], 4),
+            spread([row["correlation_after_procrustes"] for row in own], 4),
             *(_percent([row["support"][name] for row in own]) for name in ("recall", "exact")),
         ])  # fmt: skip
     header = [f"no knowledge of the truth, {_level(rows[0]['snr_db'])}", "active groups a signal at start",
@@ -178,11 +178,11 @@ def _fixed(rows: list[Row]) -> str:
         own = [row for row in rows if row["method"] == method]
         lines.append([
             method,
-            _spread([row["distance"] for row in own], 1),
-            _spread([row["mean_squared_cosine"] for row in own], 4),
+            spread([row["distance"] for row in own], 1),
+            spread([row["mean_squared_cosine"] for row in own], 4),
             *(_percent([row["support"][name] for row in own]) for name in ("recall", "precision", "exact")),
-            _spread([row["turns"] for row in own], 0),
-            _spread([row["seconds"] for row in own], 0),
+            spread([row["turns"] for row in own], 0),
+            spread([row["seconds"] for row in own], 0),
         ])  # fmt: skip
     header = [f"one set of signals, {_level(rows[0]['snr_db'])}", "‖A − A*‖²", "mean squared cosine", "recall",
               "precision", "exact", "turns", "seconds"]  # fmt: skip
@@ -202,7 +202,7 @@ def _cost(rows: list[Row]) -> str:
         "gradients / dense products": ("gradients_to_dense_products", 2),
         "gradients / the five dense products of a dense network": ("gradients_to_dense_network", 2),
     }
-    lines = [[name, _spread([cost[key] for cost in own], digits)] for name, (key, digits) in names.items()]
+    lines = [[name, spread([cost[key] for cost in own], digits)] for name, (key, digits) in names.items()]
     return table(["cost", "mean"], lines)
 
 
@@ -288,13 +288,8 @@ def _finish(*panels: Axes, **legend: Any) -> None:
         axes.legend(fontsize=8, frameon=False, **legend)
 
 
-def _spread(values: list[float], digits: int) -> str:
-    shown = f"{mean(values):,.{digits}f}" + (f" ± {stdev(values):,.{digits}f}" if len(values) > 1 else "")
-    return shown.replace("-", "−")
-
-
 def _percent(shares: list[float]) -> str:
-    return _spread([100 * share for share in shares], 1) + " %"
+    return spread([100 * share for share in shares], 1) + " %"
 
 
 def _level(snr_db: float) -> str:

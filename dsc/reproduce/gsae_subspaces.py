@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
-from statistics import mean, stdev
+from statistics import mean
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ from dsc.recovery import match_groups, orthonormal_groups
 from dsc.report import table
 from dsc.reproduce.baselines import Learned, alternating_minimisation, online_learning
 from dsc.reproduce.clustering import kmeans, scores, shares, spectral, strongest_group
-from dsc.reproduce.results import PALETTE, Results
+from dsc.reproduce.results import PALETTE, Results, spread, stream
 from dsc.synthetic import GroupSparse
 from dsc.tasks import OneCycle, Reconstructor
 
@@ -130,7 +130,7 @@ def problem(case: Case, settings: Settings, seed: int) -> Problem:
         signals = torch.from_numpy(digits.data / 16).float()[: settings.signals]
         return Problem(signals - signals.mean(0), torch.from_numpy(digits.target).long()[: settings.signals])
     union = union_of_subspaces(case, settings, seed)
-    sample = union.sample(settings.signals, _stream(seed, 2))
+    sample = union.sample(settings.signals, stream(seed, 2))
     return Problem(sample.signals, sample.labels, union.dictionary.weight)
 
 
@@ -149,16 +149,12 @@ def union_of_subspaces(case: Case, settings: Settings, seed: int) -> GroupSparse
         settings.num_features, groups * d, d, 1, norms=None, snr_db=case.snr_db, orthonormal=True, seed=seed
     )
     if c:
-        drawn = torch.randn(d, settings.num_features, generator=_stream(seed, 1))
+        drawn = torch.randn(d, settings.num_features, generator=stream(seed, 1))
         common = orthonormal_groups(drawn, d).repeat(groups, 1)
         atoms = orthonormal_groups(c**0.5 * common + (1 - c) ** 0.5 * union.dictionary.weight, d)
         union.dictionary = DenseDictionary.from_atoms(atoms)
         union.dictionary.requires_grad_(False)
     return union
-
-
-def _stream(seed: int, use: int) -> Generator:
-    return Generator().manual_seed(1_000_003 * (seed + 1) + use)  # apart from the dictionary's, which has `seed` itself
 
 
 def measure(case: Case, settings: Settings, seed: int) -> Iterator[dict[str, Any]]:
@@ -222,7 +218,7 @@ def spectral_of_cosines(x: Tensor, num_clusters: int, neighbours: int, seed: int
 def learned(given: Problem, case: Case, settings: Settings, seed: int) -> Iterator[Found]:
     """Clusters by learned dictionaries, of signals of unit norm, from the same random starts."""
     s, d, count = settings, case.group_size, len(given.labels.unique())
-    x, generator = F.normalize(given.signals, dim=1), _stream(seed, 3)
+    x, generator = F.normalize(given.signals, dim=1), stream(seed, 3)
     starts = [seeded_groups(x, count, d, generator) for _ in range(s.restarts)]
     network = best(autoencoder(x, start, s, d, seed) for start in starts)
     clusterings: dict[str, Callable[[Tensor], Tensor]] = {
@@ -323,7 +319,7 @@ def _measures(rows: list[dict[str, Any]], case: Case) -> str:
     lines = []
     for method in _methods(own):
         found = [row for row in own if row["method"] == method]
-        figures = [_spread([100 * row[name] for row in found]) for name in ("accuracy", "nmi", "ari")]
+        figures = [spread([100 * row[name] for row in found], 1) for name in ("accuracy", "nmi", "ari")]
         lines.append([method, *figures, f"{mean(row['seconds'] for row in found):.1f}"])
     return table([name_of(case), "accuracy (%)", "NMI (%)", "ARI (%)", "seconds"], lines)
 
@@ -334,7 +330,7 @@ def _sweep(rows: list[dict[str, Any]], settings: Settings, sweep: str, figure: s
     for method in _methods(row for row in rows if figure in row):
         found = [[scale * y for y in ys] for ys in _curve(rows, settings, sweep, figure, method)]
         name = method.split(":")[0] if figure == "affinity" else method  # which is the dictionary's, not the clusters'
-        lines[name] = [_spread(ys, 1 if scale > 1 else 3) for ys in found]
+        lines[name] = [spread(ys, 1 if scale > 1 else 3) for ys in found]
     header = [f"{what}; {SWEEPS[sweep]}", *(f"{value:g}" for value in values)]
     return table(header, [[name, *cells] for name, cells in lines.items()])
 
@@ -351,10 +347,6 @@ def _of(rows: list[dict[str, Any]], case: Case) -> list[dict[str, Any]]:
 
 def _methods(rows: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in rows))
-
-
-def _spread(values: list[float], digits: int = 1) -> str:
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def draw(rows: list[dict[str, Any]], settings: Settings) -> Figure:

@@ -10,7 +10,7 @@ import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, get_args
 
 import torch
@@ -26,7 +26,7 @@ from dsc.learned import ALISTA, LISTA, LISTACP, Initial, LearnedSparseCoding, Su
 from dsc.measures import nmse
 from dsc.prox import Soft
 from dsc.report import table
-from dsc.reproduce.results import PALETTE, Results
+from dsc.reproduce.results import PALETTE, Results, spread, stream
 from dsc.solvers import FISTA, ISTA
 from dsc.synthetic import BernoulliGaussian
 
@@ -106,7 +106,7 @@ def measure(settings: Settings, snr_db: float | None, seed: int) -> Iterator[dic
     s = settings
     problem = BernoulliGaussian(s.num_features, s.num_atoms, s.active, snr_db, seed)
     # Three streams that never meet: what is measured on, tuned on, and trained on.
-    held_out, validation = (problem.sample(s.held_out, _stream(seed, use)) for use in (1, 2))
+    held_out, validation = (problem.sample(s.held_out, stream(seed, use)) for use in (1, 2))
     for method, solver in {"ISTA": ISTA(s.steps), "FISTA": FISTA(s.steps)}.items():
         for chosen in (False, True):
             start = time.perf_counter()
@@ -119,10 +119,6 @@ def measure(settings: Settings, snr_db: float | None, seed: int) -> Iterator[dic
         start = time.perf_counter()
         fit(layer, problem, settings, seed)
         yield _row(name, layer, held_out, snr_db, seed, time.perf_counter() - start)
-
-
-def _stream(seed: int, use: int) -> torch.Generator:
-    return torch.Generator().manual_seed(1_000_003 * (seed + 1) + use)
 
 
 def learned_layers(dictionary: DenseDictionary, settings: Settings) -> dict[str, LearnedSparseCoding]:
@@ -188,7 +184,7 @@ class Batches(IterableDataset[tuple[Tensor, Tensor]]):
 
 def fit(layer: LearnedSparseCoding, problem: BernoulliGaussian, settings: Settings, seed: int) -> None:
     """Train the layer, in place."""
-    batches = Batches(problem, settings.batch_size, _stream(seed, 3))
+    batches = Batches(problem, settings.batch_size, stream(seed, 3))
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = Trainer(max_steps=settings.iterations, barebones=True, devices=1)
     trainer.fit(Fitting(layer.train(), settings), DataLoader(batches, batch_size=None))
@@ -240,7 +236,7 @@ def markdown(figures: dict[str, Any]) -> str:
     lines = []
     for method in methods:
         own = [row for row in rows if row["method"] == method]
-        figures_of = [_spread([r["nmse_db"][-1] for r in own if r["snr_db"] == level]) for level in levels]
+        figures_of = [spread([r["nmse_db"][-1] for r in own if r["snr_db"] == level], 1) for level in levels]
         lines.append([method, *figures_of, f"{own[0]['learned_numbers']:,}", f"{mean(r['seconds'] for r in own):.0f}"])
     return "\n\n".join([table(header, lines), *(_course(rows, methods, level, s["steps"]) for level in levels)])
 
@@ -250,13 +246,8 @@ def _course(rows: list[dict[str, Any]], methods: list[str], level: float | None,
     lines = []
     for method in methods:
         curves = [row["nmse_db"] for row in rows if row["method"] == method and row["snr_db"] == level]
-        lines.append([method, *(_spread([curve[k - 1] for curve in curves]) for k in depths)])
+        lines.append([method, *(spread([curve[k - 1] for curve in curves], 1) for k in depths)])
     return table([f"NMSE in dB, {noise_name(level)}", *(f"step {k}" for k in depths)], lines)
-
-
-def _spread(values: list[float]) -> str:
-    shown = f"{mean(values):.1f}".replace("-", "−")
-    return f"{shown} ± {stdev(values):.1f}" if len(values) > 1 else shown
 
 
 def _unique(values: Any) -> list[Any]:

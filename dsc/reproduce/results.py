@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ def write(folder: Path, name: str, results: Results) -> None:
     results.picture.savefig(folder / f"{name}.png", dpi=120)
     for key, picture in results.more_pictures.items():
         picture.savefig(folder / f"{name}_{key}.png", dpi=120)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and over several seeds the standard deviation, for a table."""
+    shown = f"{mean(values):,.{digits}f}" + (f" ± {stdev(values):,.{digits}f}" if len(values) > 1 else "")
+    return shown.replace("-", "−")
+
+
+def stream(seed: int, use: int) -> torch.Generator:
+    """Random numbers for one use of a seed: streams never meet, nor that of a dictionary drawn with the seed itself."""
+    return torch.Generator().manual_seed(1_000_003 * (seed + 1) + use)
 
 
 def environment() -> dict[str, Any]:
