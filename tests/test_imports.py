@@ -1,9 +1,13 @@
 """Calls go down: a file imports only from rows below it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import dsc
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dsc"
 
@@ -75,3 +79,12 @@ def test_files_and_functions_stay_short(path):
             body = node.body[1:] if documented else node.body
             length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
             assert length <= 40, f"{node.name} has {length} lines"
+
+
+def test_an_import_takes_nothing_heavy_beside_torch_and_timm():
+    heavy = "sklearn", "lightning", "torchmetrics", "matplotlib", "pandas", "jsonargparse", "tensorboard"
+    command = f"import dsc, sys; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout == "[]\n"
+    assert dsc.DictionaryLearning.__module__ == "dsc.dictionary_learning"
+    with pytest.raises(AttributeError, match="has no attribute 'DictionaryLearner'"):
+        dsc.DictionaryLearner  # noqa: B018
