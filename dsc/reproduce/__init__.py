@@ -9,6 +9,7 @@ from dsc.reproduce import (
     gsae_recovery,
     gsae_subspaces,
     lista,
+    sparse_training,
 )
 from dsc.reproduce.results import Experiment
 
@@ -21,4 +22,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "gsae_recovery": Experiment(gsae_recovery.__doc__ or "", gsae_recovery.add_arguments, gsae_recovery.run),
     "gsae_subspaces": Experiment(gsae_subspaces.__doc__ or "", gsae_subspaces.add_arguments, gsae_subspaces.run),
     "lista": Experiment(lista.__doc__ or "", lista.add_arguments, lista.run),
+    "sparse_training": Experiment(sparse_training.__doc__ or "", sparse_training.add_arguments, sparse_training.run),
 }
