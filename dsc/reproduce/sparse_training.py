@@ -196,8 +196,12 @@ def run(args: Namespace, progress: Progress) -> Results:
 
 
 def check_settings(folder: Path, settings: Settings) -> None:
-    """Leave the settings in `folder`, or raise ValueError where other ones have left networks there."""
+    """Leave the settings in `folder`, or raise ValueError where other ones have left networks there.
+
+    The grid may differ: what it adds is trained.
+    """
     path, ours = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
+    del ours["grid"]
     if path.is_file():
         found = json.loads(path.read_text())
         if different := [f"{key}={found.get(key)}" for key in ours if found.get(key) != ours[key]]:
