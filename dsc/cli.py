@@ -236,12 +236,13 @@ def reproduce(args: Sequence[str]) -> None:
         own.add_argument("--out", type=Path, help=f"folder of the results (default: a new runs/reproduce/{name}/<n>)")
         experiment.add_arguments(own)
     parsed = parser.parse_args(args)
-    folder = parsed.out or runs.new_run("runs/reproduce", parsed.experiment)
-    results.check_fresh(folder, parsed.experiment)  # before the work, not after it
+    parsed.out = parsed.out or runs.new_run("runs/reproduce", parsed.experiment)
+    results.check_fresh(parsed.out, parsed.experiment)  # before the work, not after it
+    print(f"results go to {parsed.out}")
     _quiet()
     found = EXPERIMENTS[parsed.experiment].run(parsed, print)
-    results.write(folder, parsed.experiment, found)
-    print(f"\n{found.table}\n\nfigures, table and picture: {folder}")
+    results.write(parsed.out, parsed.experiment, found)
+    print(f"\n{found.table}\n\nfigures, table and picture: {parsed.out}")
 
 
 def models(args: Sequence[str]) -> None:

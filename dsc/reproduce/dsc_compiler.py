@@ -5,7 +5,7 @@ activations the error falls like 1/R, with softmax like 1/T² until rounding, wh
 it falls like 1/R². Figures are the largest over signals and seeds.
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,10 +46,6 @@ class Settings:
 
 FAST = Settings(side=4, atoms=24, channels=2, steps=6, signals=8)
 REACH = 1.5  # of values, for tanh, sigmoid and groups: signals have norm 1
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """The experiment has no options of its own."""
 
 
 def run(args: Namespace, progress: Progress) -> Results:

@@ -10,7 +10,7 @@ figure is their distance over the bound, at most 1 if the theorem is right, and 
 """
 
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -77,10 +77,6 @@ FRAMES: dict[str, Callable[[], Tensor]] = {
     "patches 7 × 7": lambda: frames.paley(97),
     "patches 11 × 11": lambda: frames.paley(241),
 }
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """The experiment has no options of its own."""
 
 
 def run(args: Namespace, progress: Progress) -> Results:

@@ -4,7 +4,7 @@ A row a claim, with the figure it asks for, the one that was found, and whether 
 have the details.
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -30,10 +30,6 @@ class Claim:
     asked: str
     found: str
     holds: bool
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """The experiment has no options of its own."""
 
 
 def run(args: Namespace, progress: Progress) -> Results:

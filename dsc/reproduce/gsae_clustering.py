@@ -11,7 +11,7 @@ Beside it the same of raw pixels, of images as they are, and of codes without gr
 
 import logging
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -61,10 +61,6 @@ class Settings:
 
 
 FAST = Settings(images=1000)
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """It has no options of its own."""
 
 
 def run(args: Namespace, progress: Callable[[str], None]) -> Results:

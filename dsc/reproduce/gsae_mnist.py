@@ -2,7 +2,7 @@
 
 Both have 160 atoms and tie encoder and decoder over 15 steps of FISTA. The codes of one are sparse in 10 groups of 16
 atoms, those of the other entry by entry. The figure is how well clusters of the codes of the 10,000 test images are the
-digits (arXiv 2102.07003, Figs 4 and 5, Table 1). With --out, the same command continues a run that was stopped.
+digits (arXiv 2102.07003, Figs 4 and 5, Table 1). A run that was stopped goes on with its folder as --out.
 """
 
 import logging

@@ -9,7 +9,7 @@ chooses among the outcomes; no label does.
 
 import logging
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -90,10 +90,6 @@ class Problem:
     signals: Tensor
     labels: Tensor
     truth: Tensor | None = None
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """The experiment has no options of its own."""
 
 
 def run(args: Namespace, progress: Progress) -> Results:

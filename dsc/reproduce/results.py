@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class Experiment:
     description: str
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace, Callable[[str], None]], Results]
+
+    @classmethod
+    def of(cls, module: ModuleType) -> "Experiment":
+        """A file's experiment: its docstring, its `run`, and its `add_arguments` where it has options of its own."""
+        return cls(module.__doc__ or "", getattr(module, "add_arguments", lambda parser: None), module.run)
 
 
 def check_fresh(folder: Path, name: str) -> None:

@@ -4,8 +4,8 @@ Each strategy, at several strengths and with each activation, trains the same sm
 solved layer by layer. On validation images the sparsest network is chosen that loses at most 0.3 points to the one
 without a strategy; test images then see both, clean, under four kinds of noise and under attack. λ of the first layer
 is also chosen for each image, by its reconstruction alone. Training strategies after *Convergence analysis for deep
-sparse coding via CNNs* (arXiv 2408.05540), whose own figures could not be read: none here is the paper's. With --out,
-the same command continues a run that was stopped.
+sparse coding via CNNs* (arXiv 2408.05540), whose own figures could not be read: none here is the paper's. A run
+that was stopped goes on with its folder as --out.
 """
 
 import json
