@@ -53,16 +53,16 @@ def test_loss_and_gradient_are_those_of_dense_products(group_size, threshold):
     torch.testing.assert_close(torch.autograd.grad(found, network.weight), grads)
 
 
-def test_the_gradient_is_that_of_finite_differences():
+def test_gradients_are_those_of_finite_differences():
     signals = randn(4, 5, seed=1)
 
-    def loss(weight):
+    def loss_and_reconstructions(weight):
         network = ShallowAutoencoder(weight, 2, 0.7)
         del network.weight
         network.weight = weight
-        return network.loss(signals)
+        return network.loss(signals), network(signals)
 
-    assert gradcheck(loss, randn(6, 5).requires_grad_())
+    assert gradcheck(loss_and_reconstructions, randn(6, 5).requires_grad_())
 
 
 @pytest.mark.parametrize("prox, group_size", [("group_relu", 2), ("soft", None)])
