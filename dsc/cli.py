@@ -87,20 +87,18 @@ class CLI(LightningCLI):
         self.run_dir, self.ckpt_path = self._folder()
         where: dict[str, Any] = dict(save_dir=str(self.run_dir.parent), name="", version=self.run_dir.name)
         loggers = [CSVLogger(**where, flush_logs_every_n_steps=1), TensorBoardLogger(**where)]
-        callbacks = [*(self.config_init.trainer.callbacks or []), self._checkpoints()]
+        callbacks = [*(self.config_init.trainer.callbacks or []), *self._checkpoints()]
         return super().instantiate_trainer(**kwargs, logger=loggers, callbacks=callbacks)
 
-    def _checkpoints(self) -> ModelCheckpoint:
+    def _checkpoints(self) -> list[ModelCheckpoint]:
         assert self.run_dir is not None
-        return ModelCheckpoint(
-            self.run_dir / "resume",
-            filename="best",
-            monitor=self.model.monitor,
-            mode=self.model.mode,
-            save_last=True,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
+        kept: dict[str, Any] = dict(dirpath=self.run_dir / runs.RESUME.parent, enable_version_counter=False)
+        kept |= dict(save_on_train_epoch_end=True)
+        # Lightning's own `save_last` saves only beside a new best: a stopped run would go back to that epoch.
+        return [
+            ModelCheckpoint(filename="best", monitor=self.model.monitor, mode=self.model.mode, **kept),
+            ModelCheckpoint(filename=runs.RESUME.stem, **kept),
+        ]
 
     def _folder(self) -> tuple[Path, Path | None]:
         config = self.config
@@ -165,6 +163,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*could not find the monitored key")  # before the first validation
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*validation_step. but have no .val_dataloader.*")
     warnings.filterwarnings("ignore", message=".*Sparse invariant checks are implicitly disabled.*")

@@ -54,6 +54,13 @@ def textbook_code(x, atoms, shrink, step, steps):
     return z
 
 
+def test_the_state_is_kept_after_every_epoch(images, tmp_path):
+    kept = []
+    state = tmp_path / "states" / "group-0" / "last.ckpt"
+    gsae_mnist.train("group", replace(TINY, epochs=3), images, 0, tmp_path, lambda _: kept.append(state.is_file()))
+    assert kept == [False, True, True]  # told of an epoch before its state is kept
+
+
 @pytest.mark.parametrize("kind", ["sparse", "group"])
 def test_codes_are_textbook_fista_with_the_applied_threshold(images, kind):
     def soft(u):

@@ -181,6 +181,20 @@ def test_resume_after_a_kill_gives_the_weights_of_an_unbroken_run(tmp_path):
     assert logged[0] == logged[1]
 
 
+def test_every_epoch_can_be_continued_from_and_the_best_is_kept(tmp_path):
+    train(tmp_path, "--trainer.max_epochs", "3", "--model.optimizer.init_args.lr", "0")  # no epoch beats the first
+    kept = tmp_path / "digits/1/resume"
+    epochs = {path.stem: torch.load(path, weights_only=True)["epoch"] for path in kept.iterdir()}
+    assert epochs == {"best": 0, "last": 2}
+
+
+def test_validation_may_be_rare(tmp_path):
+    train(tmp_path, "--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2")
+    kept = tmp_path / "digits/1/resume"
+    epochs = {path.stem: torch.load(path, weights_only=True)["epoch"] for path in kept.iterdir()}
+    assert epochs == {"best": 1, "last": 2}
+
+
 def test_an_infinite_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
     from dsc.tasks import Classifier
 

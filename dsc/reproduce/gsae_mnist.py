@@ -226,9 +226,10 @@ def fit(
     callbacks: list[Callback] = [course]
     state = None
     if folder is not None:
-        kept: dict[str, Any] = dict(save_top_k=0, save_last=True, enable_version_counter=False)
-        callbacks.append(ModelCheckpoint(folder, save_on_train_epoch_end=True, **kept))
         state = folder / "last.ckpt"
+        callbacks.append(
+            ModelCheckpoint(folder, state.stem, save_on_train_epoch_end=True, enable_version_counter=False)
+        )
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = Trainer(
         max_epochs=epochs,

@@ -36,7 +36,7 @@ from dsc.tasks import Classifier
 Progress = Callable[[str], None]
 GROUP_SIZE = 4
 START = 0.003  # the weight from which a target finds its own
-FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of λ at inference
+FACTORS = (1.0, 0.5, 1.5, 2.0, 3.0, 4.0, 6.0)  # of λ at inference; the first of equals is taken
 CALIBRATION_IMAGES = 1000
 
 # What a strategy of some strength adds to the arguments of `Classifier`.
@@ -259,7 +259,8 @@ def measured(one: Run, settings: Settings, images: Images) -> dict[str, Any]:
         known = images.val[1][:CALIBRATION_IMAGES]
         adaptive = robustness.ThresholdByResidual(model, images.calibration, known, FACTORS)
         figures["factors"] = adaptive.factors
-        figures["adaptive"] = under_noise(adaptive, {"clean": [images.test[0][: len(labels)]], **images.noisy}, labels)
+        figures["adaptive"] = under_noise(adaptive, images.noisy, labels)
+        figures["adaptive_clean"] = robustness.accuracy(adaptive, *images.test)
     return figures
 
 

@@ -66,11 +66,6 @@ def noisy(row: Row) -> float:
     return mean(value for levels in row["noise"].values() for value in levels)
 
 
-def adaptive(row: Row) -> float:
-    """`noisy`, with λ chosen for each image."""
-    return mean(value for kind, levels in row["adaptive"].items() if kind != "clean" for value in levels)
-
-
 def markdown(figures: Row) -> str:
     """The chosen networks beside those without a strategy, λ at inference, and every network."""
     rows, s = figures["runs"], figures["settings"]
@@ -117,19 +112,18 @@ def _inference(rows: list[Row], chosen: list[Row]) -> str:
     by_point = points(rows)
     wanted = [*_baselines(by_point), *((c["activation"], c["strategy"], c["strength"]) for c in chosen)]
     kinds = list(rows[0]["noise"])
-    header = ["activation", "strategy", *(f"{kind}, λ as learned → for each image, %" for kind in ("clean", *kinds))]
     lines = []
     for point in wanted:
         found = [row for row in by_point.get(point, []) if "adaptive" in row]
         if not found:
             continue
-        cells = [(_percent([r["test_accuracy"] for r in found]), [r["adaptive"]["clean"][0] for r in found])]
+        cells = [([row["test_accuracy"] for row in found], [row["adaptive_clean"] for row in found])]
         cells += [
-            (_percent([mean(r["noise"][kind]) for r in found]), [mean(r["adaptive"][kind]) for r in found])
+            ([mean(row["noise"][kind]) for row in found], [mean(row["adaptive"][kind]) for row in found])
             for kind in kinds
         ]
-        lines.append([*_name(point), *(f"{before} → {_percent(after)}" for before, after in cells)])
-    return table(header, lines)
+        lines.append([*_name(point), *(f"{_percent(before)} → {_percent(after)}" for before, after in cells)])
+    return table(["λ as learned → for each image, %", "strategy", "clean", *kinds], lines)
 
 
 def _all(rows: list[Row]) -> str:
