@@ -308,3 +308,27 @@ assert tuple(model.pretrained_cfg["mean"]) == (0.25,) * 3
     offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     offline.pop("HF_HUB_CACHE", None)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=offline)
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_checkpoints(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run(["uv", "build", "--wheel", "-o", tmp_path, root], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 95 * 2**20  # what an index takes is 100 MB
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    script = """
+import timm
+import dsc
+from dsc import hub
+print(dsc.__file__)
+for name in hub.checkpoint_folders():
+    timm.create_model(name, pretrained=True)
+    print(name)
+"""
+    installed = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    command = [sys.executable, "-P", "-c", script]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=installed)
+    found, *names = done.stdout.split()
+    assert Path(found).is_relative_to(tmp_path)
+    assert sorted(names) == sorted(path.name for path in (root / "checkpoints").iterdir())
