@@ -147,6 +147,11 @@ def test_timm_builds_the_same_model(name):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_threshold_that_leaves_no_code_is_refused():
+    with pytest.raises(ValueError, match=r"threshold=6 leaves no entry .* \(default 0.5\), so take a smaller one"):
+        models.create_model("dsc_mlp_pico", activation="group_relu", group_size=8, threshold=6)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_head_for_another_number_of_classes(name):
     model = entry(name)

@@ -67,6 +67,7 @@ def sparse_layer(dictionary: Dictionary, act: Act, dim: int, solver: ISTA, size:
 
     `size` is the expected size (root mean square) of the layer's input; the layer's `code_size` is its code's, on
     noise. An unrolled layer starts from ‖D‖ ≈ 1 rather than unit atoms: its code is then not smaller by 1/L.
+    Raises ValueError for a λ that leaves nothing of it.
     """
     if solver.steps == 1:
         return SparseCoding(dictionary, act.make(dim), solver, step=1.0, bias=True)
@@ -76,6 +77,11 @@ def sparse_layer(dictionary: Dictionary, act: Act, dim: int, solver: ISTA, size:
         layer = SparseCoding(dictionary, act.make_relative(dim, dictionary.num_atoms, gain * size), solver, "learned")
         noise = gain * size * torch.randn(256, dictionary.num_atoms)
         layer.code_size = float(layer.prox(noise).square().mean().sqrt())  # dims 1 and −1 agree here
+        if layer.code_size == 0:
+            raise ValueError(
+                f"threshold={act.threshold} leaves no entry of a code: it is a fraction of the code's expected size "
+                f"(default {RELATIVE_THRESHOLD[layer.prox.is_grouped]}), so take a smaller one"
+            )
     return layer
 
 

@@ -97,7 +97,7 @@ MNIST = Settings(
     model_args={"joint": False},
     grid={
         "relu": {"none": (0,), **PENALTIES},
-        "group_relu": {"none": (0,), **PENALTIES},
+        "group_relu": {"none": (0,), **PENALTIES, "threshold": (1.0, 1.5, 2.0)},  # a larger λ zeroes every group
         "top_k": {"k": (8, 16, 32, 64)},
     },
     noise=robustness.STRONG,
