@@ -97,7 +97,13 @@ MNIST = Settings(
     model_args={"joint": False},
     grid={
         "relu": {"none": (0,), **PENALTIES},
-        "group_relu": {"none": (0,), **PENALTIES, "threshold": (1.0, 1.5, 2.0)},  # a larger λ zeroes every group
+        "group_relu": {  # of which more is active, and where a larger λ leaves nothing
+            "none": (0,),
+            **PENALTIES,
+            "threshold": (1.0, 1.5, 2.0),
+            "l1_target": (0.1, 0.2),
+            "hoyer_target": (0.1, 0.2),
+        },
         "top_k": {"k": (8, 16, 32, 64)},
     },
     noise=robustness.STRONG,
