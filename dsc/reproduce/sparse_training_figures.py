@@ -179,8 +179,9 @@ def draw_fronts(rows: list[Row], chosen: list[Row]) -> Figure:
         base = by_point[WITHOUT[activation]]
         axes.axvline(100 * ASKED_FRACTION * _mean(base, lambda row: row["test_active"]), color="0.6", linestyle=":")
         axes.axhline(100 * (_mean(base, measures["accuracy (%)"]) - ALLOWED_LOSS), color="0.6", linestyle=":")
-    best = 100 * max(_mean(found, measures["accuracy (%)"]) for found in by_point.values())
-    panels[0][0].set_ylim(best - 4, best + 0.5)  # strengths that ruin a network are in the table
+    for line, below, measure in zip(panels, (4, 15, 100), measures.values(), strict=True):
+        best = 100 * max(_mean(found, measure) for found in by_point.values())
+        line[0].set_ylim(max(best - below, 0), best + below / 8)  # strengths that ruin a network are in the table
     for axes in panels[-1]:
         axes.set_xlabel("active entries (%)")
     handles: dict[str, Any] = {}
@@ -222,7 +223,7 @@ def _front(
     axes.grid(alpha=0.3)
 
 
-MARKERS = "*osDv^<>PhX"
+MARKERS = "*osDv^<>PXh"
 
 
 def _mean(rows: list[Row], measure: Callable[[Row], float]) -> float:
