@@ -23,9 +23,11 @@ from dsc.penalties import Penalty, penalty_of
 from dsc.prox import Prox
 
 GREEDY_STEPS = 32
+IN_CACHE = 2**18  # correlations, of signals that take these steps together
+ALIGNED = 16  # entries, of which a row is a multiple
 WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384)
 ENTRIES = 2**24  # of the supports' Gram matrices held at once
-STALLED_BELOW = {torch.float32: 1e-3, torch.float64: 1e-10}
+STALLED_BELOW = {torch.float32: 1e-4, torch.float64: 1e-10}
 RIDGE = {torch.float32: 1e-6, torch.float64: 1e-11}  # relative
 
 
@@ -34,14 +36,16 @@ class ActiveSet:
 
     def __init__(self, atoms: Tensor, prox: Prox) -> None:
         self.prox, self.size = prox, prox.group_size_of(len(atoms))
-        # Every group is scaled to curvature ‖D_g‖² = 1; a group of zeros at the end pads supports.
+        # Every group is scaled to curvature ‖D_g‖² = 1.
         norms = torch.linalg.matrix_norm(atoms.unflatten(0, (-1, self.size)), 2)
         self.scale = None
         if not torch.allclose(norms, torch.ones_like(norms), rtol=0, atol=1e-5):
             self.scale = norms.repeat_interleave(self.size)
             atoms = atoms / self.scale[:, None]
-        self.penalty = penalty_of(prox, self.size, None if self.scale is None else norms, padding=1)
-        self.atoms = torch.cat([atoms, atoms.new_zeros(self.size, atoms.shape[1])])
+        # Of the groups of zeros at the end the last pads supports, the others rows: those of odd length are slow.
+        padding = 1 if self.size > 1 else ALIGNED - len(atoms) % ALIGNED
+        self.penalty = penalty_of(prox, self.size, None if self.scale is None else norms, padding)
+        self.count, self.atoms = len(atoms), F.pad(atoms, (0, 0, 0, padding * self.size))
         self.gram = self.atoms @ self.atoms.mT
 
     def solve(self, x: Tensor, tol: float, max_rounds: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -67,18 +71,18 @@ class ActiveSet:
             codes, images = self._newton(*self._greedy(codes, correlations), steps)
             z.index_copy_(0, open_, codes)
             residual.index_copy_(0, open_, x.index_select(0, open_) - images)
-        z = z[:, : -self.size]
+        z = z[:, : self.count]
         return (z if self.scale is None else z / self.scale), gaps
 
     def _start(self, x: Tensor, start: Tensor | None) -> Tensor:
         z = x.new_zeros(len(x), len(self.atoms))
         if start is not None:
-            z[:, : -self.size] = start if self.scale is None else start * self.scale
+            z[:, : self.count] = start if self.scale is None else start * self.scale
         return z
 
     def _gaps(self, residual: Tensor, z: Tensor, correlations: Tensor, tol: float) -> Tensor:
         # A lower bound in the precision of the codes tells what is worth the certificate in double precision.
-        z, correlations = z[:, : -self.size], correlations[:, : -self.size]
+        z, correlations = z[:, : self.count], correlations[:, : self.count]
         if self.scale is not None:
             z, correlations = z / self.scale, correlations * self.scale
         scale = 1 / self.prox.gauge(correlations).clamp_min(1)
@@ -90,7 +94,13 @@ class ActiveSet:
         return rough.index_copy(0, done, certified)
 
     def _greedy(self, z: Tensor, correlations: Tensor) -> tuple[Tensor, Tensor]:
-        """Better codes, and their correlations."""
+        """Better codes, and their correlations, both in place."""
+        rows = max(1, IN_CACHE // z.shape[1] if z.device.type == "cpu" else len(z))
+        for part in zip(z.split(rows), correlations.split(rows), strict=True):
+            self._greedy_steps(*part)
+        return z, correlations
+
+    def _greedy_steps(self, z: Tensor, correlations: Tensor) -> None:
         u = correlations.add_(z)  # a group's exact minimisation starts from its part of u: its curvature is 1
         for _ in range(GREEDY_STEPS):
             best = argmax_(self.penalty.norms(self.penalty.minimiser(u).sub_(z)).squeeze(2))
@@ -102,7 +112,7 @@ class ActiveSet:
                 u.addcmul_(self.gram.index_select(0, best[:, 0]), move, value=-1)
             else:
                 u.unsqueeze(1).baddbmm_(move.unsqueeze(1), self.gram[entries], alpha=-1)
-        return z, u.sub_(z)
+        u.sub_(z)
 
     def _newton(self, z: Tensor, correlations: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """Codes after Newton's step on their support, and their images ``Dz``."""

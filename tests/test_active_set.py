@@ -5,6 +5,7 @@ import torch
 from oracles import CONVEX, GROUPED, kkt_residual
 from torch.autograd.functional import hessian, jacobian
 
+import dsc.active_set
 from dsc.activations import create_activation
 from dsc.active_set import ActiveSet, argmax_, newton
 from dsc.penalties import penalty_of
@@ -139,3 +140,15 @@ def test_every_round_leads_down(name):
         z, _ = solver.solve(x, 1e-12, rounds)
         values.append(objective(z))
         assert (values[-1] <= values[-2] * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("name", CONVEX)
+def test_greedy_steps_of_parts_are_those_of_all(name, monkeypatch):
+    solver, x = ActiveSet(unit(gaussian(18, 8)), make(name, 0.2)), gaussian(7, 8, seed=1)
+    start = lambda: (torch.zeros(7, len(solver.atoms), dtype=x.dtype), x @ solver.atoms.mT)  # noqa: E731
+    z, c = solver._greedy(*start())
+    assert (z != 0).any(1).all()
+    torch.testing.assert_close(c, (x - z @ solver.atoms) @ solver.atoms.mT)
+    monkeypatch.setattr(dsc.active_set, "IN_CACHE", 3 * len(solver.atoms))  # 3, 3 and 1 of the signals
+    for whole, parts in zip((z, c), solver._greedy(*start()), strict=True):
+        torch.testing.assert_close(parts, whole)
