@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from dsc._names import unknown
 
 # Runs that differ only in their seed are compared on the same images: the splits have a seed of their own.
 _SPLIT_SEED = 0
+CropMode = Literal["constant", "reflect"]
 AUGMENTATIONS = ("crop", "flip", "alternating_flip", "cutout", "mixup")
 
 
@@ -89,11 +90,14 @@ _FILES: dict[str, dict[str, str]] = {
 }
 
 
-def random_crop(x: Tensor, padding: int) -> Tensor:
-    """Shift each image of `x` (N, C, H, W) by up to `padding` pixels both ways; zeros enter at the border."""
+def random_crop(x: Tensor, padding: int, mode: CropMode = "constant") -> Tensor:
+    """Shift each image of `x` (N, C, H, W) by up to `padding` pixels both ways.
+
+    Zeros enter at the border, or the image mirrored in it ("reflect").
+    """
     n, _, h, w = x.shape
     # A view of every shift, of which only the chosen ones are copied: 5x faster than a gather on a CPU.
-    windows = F.pad(x, [padding] * 4).unfold(2, h, 1).unfold(3, w, 1)
+    windows = F.pad(x, [padding] * 4, mode).unfold(2, h, 1).unfold(3, w, 1)
     top, left = torch.randint(2 * padding + 1, (2, n), device=x.device)
     return windows[torch.arange(n, device=x.device), :, top, left]
 
@@ -205,6 +209,7 @@ class ImageData(LightningDataModule):
         val_fraction: float = 0.1,
         augment: Sequence[str] = (),
         crop_padding: int = 2,
+        crop_mode: CropMode = "constant",
         cutout_size: int = 8,
         mixup_alpha: float = 0.2,
         normalize: bool = True,
@@ -218,8 +223,8 @@ class ImageData(LightningDataModule):
         self.dataset = dataset
         self.root = Path(root or os.environ.get("DSC_DATA") or "data").expanduser()
         self.batch_size, self.eval_batch_size, self.val_fraction = batch_size, eval_batch_size, val_fraction
-        self.augment, self.crop_padding, self.cutout_size = tuple(augment), crop_padding, cutout_size
-        self.mixup_alpha = mixup_alpha
+        self.augment, self.crop_padding, self.crop_mode = tuple(augment), crop_padding, crop_mode
+        self.cutout_size, self.mixup_alpha = cutout_size, mixup_alpha
         self.normalize, self.seed, self.download = normalize, seed, download
         self.num_classes, self.class_names = info.num_classes, info.class_names
         self.in_chans, self.image_size = info.in_chans, info.image_size
@@ -233,6 +238,8 @@ class ImageData(LightningDataModule):
         for name in self.augment:
             if name not in AUGMENTATIONS:
                 raise ValueError(unknown("augmentation", name, AUGMENTATIONS))
+        if self.crop_mode not in get_args(CropMode):
+            raise ValueError(unknown("crop_mode", self.crop_mode, get_args(CropMode)))
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must lie strictly between 0 and 1, not {self.val_fraction}")
         if min(self.batch_size, self.eval_batch_size) < 1:
@@ -319,7 +326,7 @@ class ImageData(LightningDataModule):
         for name in self.augment:
             match name:
                 case "crop":
-                    x = random_crop(x, self.crop_padding)
+                    x = random_crop(x, self.crop_padding, self.crop_mode)
                 case "flip":
                     x = random_flip(x)
                 case "alternating_flip":

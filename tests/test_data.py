@@ -290,15 +290,15 @@ def test_mixup_adds_each_pair_of_neighbours_in_the_proportion_of_its_labels() ->
 # --- augmentations ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_random_crop_gives_every_shift_of_the_padded_image(dtype: torch.dtype) -> None:
+def test_random_crop_gives_every_shift_of_the_padded_image(dtype: torch.dtype, mode: Any) -> None:
     padding, x = 2, distinct(2000, channels=2).to(dtype)
-    cropped = random_crop(x, padding)
+    cropped = random_crop(x, padding, mode)
     assert cropped.shape == x.shape and cropped.dtype == dtype
     counts = torch.zeros(5, 5)
     for image, result in zip(x, cropped, strict=True):
-        padded = torch.zeros(2, 10, 10, dtype=dtype)
-        padded[:, 2:8, 2:8] = image
+        padded = torch.from_numpy(np.pad(image.numpy(), ((0, 0), (2, 2), (2, 2)), mode))
         shifts = [(i, j) for i in range(5) for j in range(5) if torch.equal(padded[:, i : i + 6, j : j + 6], result)]
         assert len(shifts) == 1
         counts[shifts[0]] += 1
@@ -387,6 +387,7 @@ def test_augmentations_follow_the_global_generator() -> None:
         ({"batch_size": 0}, "batch sizes must be positive, not 0, 1000"),
         ({"augment": ["cutout"]}, "cutout of 8 pixels does not fit images of 8 pixels"),
         ({"augment": ["crop"], "crop_padding": -1}, "crop of -1 pixels"),
+        ({"crop_mode": "reflected"}, "unknown crop_mode 'reflected'; did you mean 'reflect'?"),
         ({"mixup_alpha": 0.0}, "mixup_alpha must be above 0, not 0.0"),
     ],
 )

@@ -95,6 +95,14 @@ def test_muon_moves_matrices_and_leaves_the_classifier_to_its_fallback(digits):
             assert optimizer.state[parameter]["use_muon"] == matrix
 
 
+def test_what_has_one_dimension_learns_at_its_own_rate(digits):
+    task = classifier(digits, model="dsc_speed", model_args={"channels": (4, 8)}, lr_scheduler=None, bias_lr=8.0)
+    task.make_optimizer = lambda groups: Muon(groups, lr=0.1)
+    for group in task.configure_optimizers().param_groups:
+        for parameter in group["params"]:
+            assert group["lr"] == pytest.approx(0.8 if parameter.ndim <= 1 else 0.1)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_matrices_keep_their_norms_and_still_turn(digits, keep):
     task = classifier(digits, keep_norms=keep, model="dsc_speed", model_args={"channels": (4, 8)})
