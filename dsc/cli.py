@@ -92,8 +92,8 @@ class CLI(LightningCLI):
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
         assert self.run_dir is not None
-        kept: dict[str, Any] = dict(dirpath=self.run_dir / runs.RESUME.parent, enable_version_counter=False)
-        kept |= dict(save_on_train_epoch_end=True)
+        folder = self.run_dir / runs.RESUME.parent
+        kept: dict[str, Any] = dict(dirpath=folder, enable_version_counter=False, save_on_train_epoch_end=True)
         # Lightning's own `save_last` saves only beside a new best: a stopped run would go back to that epoch.
         return [
             ModelCheckpoint(filename="best", monitor=self.model.monitor, mode=self.model.mode, **kept),

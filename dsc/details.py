@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from dsc.gallery import image_layer
-from dsc.metrics import clustering_metrics, convergence
+from dsc.metrics import clustering_scores, convergence
 from dsc.observe import Observer, sparse_layers
 from dsc.prox import Prox
 from dsc.recovery import assign
@@ -136,8 +136,7 @@ def clusters(z: Tensor, y: Tensor, prox: Prox, seed: int) -> dict[str, Any]:
 
 
 def _scores(method: str, found: Tensor, y: Tensor) -> dict[str, Any]:
-    metrics = clustering_metrics(int(max(found.max(), y.max())) + 1)
-    return {"method": method, "images": len(y), **{k: float(v) for k, v in metrics(found, y).items()}}
+    return {"method": method, "images": len(y), **clustering_scores(found, y)}
 
 
 def _fitting_order(shares: Tensor) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsc._names import unknown
+from dsc.runs import whole
 
 Format = Literal["onnx", "torch"]
 SUFFIX: dict[str, str] = {"onnx": ".onnx", "torch": ".pt2"}
@@ -30,15 +31,11 @@ def export(model: nn.Module, path: str | Path, format: Format = "onnx") -> float
     if path.exists():
         raise FileExistsError(f"{path} exists already: give another file name")
     size = model.eval().pretrained_cfg["input_size"]  # type: ignore[index]
-    part = path.with_name(f".{path.name}.part{SUFFIX[format]}")  # renamed once it is whole and right
-    try:
-        run = _write[format](model, part, torch.randn(2, *size))
+    with whole(path) as unfinished:
+        run = _write[format](model, unfinished, torch.randn(2, *size))
         difference = max(_difference(run, model, torch.randn(n, *size)) for n in (1, 3))
         if not difference <= TOLERANCE:
             raise ValueError(f"the exported file computes something else: relative difference {difference:.2g}")
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
     return difference
 
 

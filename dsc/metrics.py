@@ -174,6 +174,13 @@ def clustering_metrics(num_classes: int) -> MetricCollection:
     return MetricCollection(metrics, compute_groups=False)
 
 
+def clustering_scores(clusters: Tensor, labels: Tensor) -> dict[str, float]:
+    """`clustering_metrics` of clusters and classes, both int64 (N,)."""
+    metrics = clustering_metrics(int(max(clusters.max(), labels.max())) + 1)
+    with torch.sparse.check_sparse_tensor_invariants(True):  # torch warns of contingency tables that are not checked
+        return {name: float(value) for name, value in metrics(clusters, labels.cpu()).items()}
+
+
 def solving_layers(model: nn.Module) -> dict[str, SparseCoding]:
     """Layers whose steps lead to a minimiser: those of a convex penalty, without the bias of a plain layer."""
     coders = {name: layer.coder for name, layer in sparse_layers(model).items()}

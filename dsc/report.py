@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isqrt
@@ -211,12 +210,8 @@ def write_page(sources: Sequence[Source], path: Path) -> Path:
     """Write the page, whole or not at all; beside an earlier one of that name. Returns where."""
     text = page(sources)
     path = runs.fresh(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with runs.whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.rename(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 
@@ -234,8 +229,6 @@ def locate(place: str) -> tuple[Path | None, Path]:
         FileNotFoundError: neither a run nor a checkpoint, or a run without weights. ValueError: an unknown name.
     """
     folder = Path(place)
-    if (folder / hub.CONFIG).is_file():
-        return None, folder
     if (folder / "config.yaml").is_file():
         kept = sorted(folder.glob(f"best*/{hub.CONFIG}"), key=lambda path: path.stat().st_mtime)
         if not kept:
@@ -243,11 +236,11 @@ def locate(place: str) -> tuple[Path | None, Path]:
                 f"{folder} has no weights yet: its run has not finished; `--ckpt_path last` continues the newest run"
             )
         return folder, kept[-1].parent
-    if folder.exists() or folder.name != place:
+    if not (folder / hub.CONFIG).is_file() and (folder.exists() or folder.name != place):
         inside = sorted(path.parent for path in folder.glob("*/config.yaml"))
         hint = f"; did you mean {str(inside[-1])!r}?" if inside else ": a run has config.yaml, a checkpoint config.json"
         raise FileNotFoundError(f"{place} is neither a run nor a checkpoint{hint}")
-    return None, hub.find(place)
+    return None, hub.locate(place)
 
 
 def source(run: Path | None, folder: Path, task: Task, data: ImageData) -> Source:

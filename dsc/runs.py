@@ -1,5 +1,8 @@
-"""Run folders `runs/<name>/<n>/`: numbered, never overwritten, continued only when asked to."""
+"""Run folders `runs/<name>/<n>/`: numbered, never overwritten, continued only when asked to; files whole or absent."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dsc._names import unknown
@@ -38,6 +41,17 @@ def fresh(path: Path) -> Path:
         candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
         number += 1
     return candidate
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, with its suffix: `path` itself once the block has ended well, else gone."""
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield unfinished
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _numbers(parent: Path) -> list[int]:

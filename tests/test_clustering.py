@@ -7,10 +7,10 @@ from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
+from dsc.metrics import clustering_scores
 from dsc.reproduce.clustering import (
     clustering_rows,
     kmeans,
-    scores,
     shares,
     spectral,
     strongest_group,
@@ -46,14 +46,14 @@ def test_scores_are_those_of_scipy_and_sklearn(digits):
     x, labels = digits
     clusters = KMeans(10, n_init=10, random_state=3).fit_predict(x.numpy())
     assert kmeans(x, 10, seed=3).tolist() == clusters.tolist()
-    found = scores(torch.from_numpy(clusters).long(), labels)
+    found = clustering_scores(torch.from_numpy(clusters).long(), labels)
     assert found["accuracy"] == pytest.approx(accuracy(clusters, labels.numpy()))
     assert found["nmi"] == pytest.approx(normalized_mutual_info_score(labels, clusters), abs=1e-5)
     assert found["ari"] == pytest.approx(adjusted_rand_score(labels, clusters), abs=1e-5)
 
 
 def test_more_clusters_than_classes_count_as_wrong():
-    found = scores(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, 1, 1]))
+    found = clustering_scores(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, 1, 1]))
     assert found["accuracy"] == 0.5
 
 
@@ -75,14 +75,14 @@ def test_spectral_clusters_are_kmeans_of_the_normalised_cut(digits):
     found = spectral(x, 10, neighbours=20)
     assert adjusted_rand_score(expected, found) > 0.97
     exact = SpectralClustering(10, affinity="precomputed", random_state=0).fit_predict(graph)
-    assert scores(found, labels)["accuracy"] == pytest.approx(accuracy(exact, labels.numpy()), abs=0.02)
+    assert clustering_scores(found, labels)["accuracy"] == pytest.approx(accuracy(exact, labels.numpy()), abs=0.02)
 
 
 def test_rows_name_inputs_and_methods(digits):
     x, labels = digits[0][:200], digits[1][:200]
     rows = list(clustering_rows({"pixels": x.view(-1, 1, 8, 8), "ones": x * 0 + 1}, labels, 10, methods=["k-means"]))
     assert [(row["input"], row["method"]) for row in rows] == [("pixels", "k-means"), ("ones", "k-means")]
-    assert rows[0]["accuracy"] == scores(kmeans(x, 10), labels)["accuracy"]
+    assert rows[0]["accuracy"] == clustering_scores(kmeans(x, 10), labels)["accuracy"]
     z = torch.nn.functional.one_hot(labels, 10).float().repeat_interleave(2, 1)
     assert strongest_group_row("codes", z, 2, labels)["accuracy"] == 1
 

@@ -9,8 +9,9 @@ from scipy.spatial.distance import cdist, pdist, squareform
 from sklearn.cluster import KMeans
 
 from dsc.data import ImageData
+from dsc.metrics import clustering_scores
 from dsc.reproduce import gsae_clustering
-from dsc.reproduce.clustering import kmeans, scores, spectral
+from dsc.reproduce.clustering import kmeans, spectral
 from dsc.reproduce.gsae_clustering import Settings
 
 TINY = Settings(
@@ -140,7 +141,7 @@ def test_least_cut_is_that_of_all_embeddings():
     clusters, found = gsae_clustering.least_cut(torch.tensor(x), 3, 6)
     assert np.isclose(found, min(cuts))
     assert np.isclose(cut_written_out(weights, clusters.numpy()), found)
-    assert scores(clusters, torch.arange(3).repeat_interleave(30))["accuracy"] > 0.9
+    assert clustering_scores(clusters, torch.arange(3).repeat_interleave(30))["accuracy"] > 0.9
 
 
 def test_ablation_rows_are_clusters_of_each_input(digits):
@@ -154,7 +155,7 @@ def test_ablation_rows_are_clusters_of_each_input(digits):
     pixels = gsae_clustering.upright(images[:200]).flatten(1)
     least, cut = gsae_clustering.least_cut(pixels, 10, 8)
     for row, clusters in zip(rows[9:12], (kmeans(pixels, 10), spectral(pixels, 10, 8), least), strict=True):
-        assert {key: row[key] for key in ("accuracy", "nmi", "ari")} == scores(clusters, labels[:200])
+        assert {key: row[key] for key in ("accuracy", "nmi", "ari")} == clustering_scores(clusters, labels[:200])
     assert rows[11]["cut"] == cut and ["cut" in row for row in rows[9:12]] == [False, False, True]
 
 

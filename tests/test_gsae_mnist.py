@@ -9,8 +9,9 @@ from sklearn.datasets import load_digits
 
 from dsc import cli
 from dsc.data import IndexBatches
+from dsc.metrics import clustering_scores
 from dsc.reproduce import gsae_mnist, gsae_mnist_figures
-from dsc.reproduce.clustering import kmeans, scores, shares
+from dsc.reproduce.clustering import kmeans, shares
 
 TINY = replace(
     gsae_mnist.FAST, dataset="digits", train_images=300, test_images=200, group_size=4, steps=3, step=0.05,
@@ -135,7 +136,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(images, tmp_path, setting
     assert whole.figures["loss"] == resumed.figures["loss"] and len(resumed.figures["epoch_seconds"]) == 4
     with pytest.raises(ValueError, match="has 4 epochs, more than the 3 to train: choose another --out"):
         fitted(replace(settings, epochs=3), images, tmp_path)
-    with pytest.raises(ValueError, match="was trained with steps=3: choose another --out"):
+    with pytest.raises(ValueError, match="was made with steps=3: choose another --out"):
         fitted(replace(settings, epochs=5, steps=4), images, tmp_path)
 
 
@@ -150,7 +151,7 @@ def test_figures_of_an_autoencoder(images):
     assert found.figures["active_atoms"] == pytest.approx((z != 0).sum(1).mean(), abs=1e-3)
     last = found.figures["course"][-1]
     assert last["epoch"] == 2 and last["active_groups"] == pytest.approx(active.mean())
-    assert last["accuracy"] == scores(kmeans(shares(found.codes), 10), images.labels)["accuracy"]
+    assert last["accuracy"] == clustering_scores(kmeans(shares(found.codes), 10), images.labels)["accuracy"]
     norm = np.linalg.norm(found.atoms.double().numpy(), 2)
     assert last["step_times_lipschitz"] == pytest.approx(0.05 * norm**2, rel=1e-4)
     assert found.figures["loss"][1] < found.figures["loss"][0]

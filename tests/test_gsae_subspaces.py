@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from dsc import cli
 from dsc.init import perturbed
+from dsc.metrics import clustering_scores
 from dsc.recovery import match_groups
 from dsc.reproduce import gsae_subspaces as subspaces
 from dsc.reproduce.baselines import Learned
-from dsc.reproduce.clustering import scores
 from dsc.reproduce.gsae_subspaces import FAST, Case, Settings
 
 TINY = replace(FAST, num_features=8, num_groups=2, signals=60, epochs=2, batch_size=20, turns=2, restarts=1,
@@ -83,9 +83,9 @@ def test_seeds_find_orthogonal_subspaces_at_once():
 def test_cosines_know_neither_signs_nor_norms():
     signals, labels, _ = orthogonal_subspaces()
     found = subspaces.spectral_of_cosines(signals, 3, 8, 0)
-    assert scores(found, labels)["accuracy"] == 1
+    assert clustering_scores(found, labels)["accuracy"] == 1
     factors = torch.randn(len(signals), 1, generator=Generator().manual_seed(5)) * 3
-    assert scores(subspaces.spectral_of_cosines(factors * signals, 3, 8, 0), found)["accuracy"] == 1
+    assert clustering_scores(subspaces.spectral_of_cosines(factors * signals, 3, 8, 0), found)["accuracy"] == 1
 
 
 def fista(x, atoms, threshold, steps, group_size):

@@ -21,7 +21,6 @@ ROWS = [
     ["details"],
     ["markup", "gallery"],
     ["figures"],
-    ["runs"],
     ["tasks"],
     ["synthetic_data"],
     ["data"],
@@ -38,7 +37,7 @@ ROWS = [
     ["measures", "frames", "recovery", "init", "spectra", "activations", "certificates", "gradients"],
     ["nonconvex", "penalties"],
     ["prox"],
-    ["shrinkage"],
+    ["shrinkage", "runs"],
     ["_names"],
 ]
 RANK = {module: row for row, modules in enumerate(ROWS) for module in modules}

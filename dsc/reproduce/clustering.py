@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans, spectral_clustering
 from sklearn.neighbors import kneighbors_graph
 from torch import Tensor
 
-from dsc.metrics import clustering_metrics
+from dsc.metrics import clustering_scores
 from dsc.shrinkage import grouped
 
 RESTARTS = 10  # of k-means, of which the one of least inertia counts
@@ -53,13 +53,6 @@ def spectral(x: Tensor, num_clusters: int, neighbours: int, seed: int = 0) -> Te
     return torch.from_numpy(found).long()
 
 
-def scores(clusters: Tensor, labels: Tensor) -> dict[str, float]:
-    """``accuracy`` (of the best one-to-one naming of clusters), ``nmi`` and ``ari``; both int64 (N,)."""
-    metrics = clustering_metrics(int(max(clusters.max(), labels.max())) + 1)
-    with torch.sparse.check_sparse_tensor_invariants(True):  # torch warns of contingency tables that are not checked
-        return {name: float(value) for name, value in metrics(clusters, labels.cpu()).items()}
-
-
 def clustering_rows(
     features: Mapping[str, Tensor],
     labels: Tensor,
@@ -85,10 +78,10 @@ def clustering_rows(
     for name, x in features.items():
         for method in methods:
             start = time.perf_counter()
-            found = scores(solve[method](x.flatten(1)), labels)
+            found = clustering_scores(solve[method](x.flatten(1)), labels)
             yield {"input": name, "method": method, **found, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def strongest_group_row(name: str, z: Tensor, group_size: int, labels: Tensor) -> dict[str, Any]:
     """The row of clustering by the strongest group alone; where there are more groups than classes, some cost."""
-    return {"input": name, "method": STRONGEST, **scores(strongest_group(z, group_size), labels)}
+    return {"input": name, "method": STRONGEST, **clustering_scores(strongest_group(z, group_size), labels)}

@@ -9,7 +9,6 @@ compares settings.
 Beside it the same of raw pixels, of images as they are, and of codes without groups: what each step adds.
 """
 
-import logging
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 from scipy.sparse import csr_array
 from sklearn.manifold import spectral_embedding
@@ -28,11 +26,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from dsc.data import ImageData, IndexBatches
+from dsc.metrics import clustering_scores
 from dsc.models.autoencoder import ConvSparseAutoencoder
 from dsc.report import table
 from dsc.reproduce import gsae_mnist
-from dsc.reproduce.clustering import KMEANS, SPECTRAL, kmeans, scores, shares, spectral
+from dsc.reproduce.clustering import KMEANS, SPECTRAL, kmeans, shares, spectral
 from dsc.reproduce.results import PALETTE, Results, spread
+from dsc.reproduce.training import quiet_trainer
 from dsc.shrinkage import grouped
 from dsc.tasks import Reconstructor
 
@@ -112,11 +112,10 @@ def train(settings: Settings, images: Tensor, facts: ImageData, seed: int) -> Co
     pixels = TensorDataset(images[: s.images], torch.arange(len(images[: s.images])))  # a number in each label's place
     batches = IndexBatches(len(pixels), s.batch_size, train=True, seed=seed)
     loader = DataLoader(pixels, sampler=batches, batch_size=None, generator=torch.Generator())
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         task = Reconstructor(data=facts, optimizer=partial(torch.optim.Adam, lr=s.rate), **model)
-        Trainer(max_epochs=s.epochs, barebones=True, devices=1).fit(task, loader)
+        quiet_trainer(max_epochs=s.epochs, barebones=True).fit(task, loader)
     return cast(ConvSparseAutoencoder, task.cpu().eval().model)
 
 
@@ -203,7 +202,7 @@ def rows(name: str, x: Tensor, labels: Tensor, neighbours: int, seed: int) -> It
 
 def _row(name: str, method: str, clusters: Tensor, labels: Tensor, start: float) -> dict[str, Any]:
     seconds = round(time.perf_counter() - start, 1)
-    return {"input": name, "method": method, **scores(clusters, labels), "seconds": seconds}
+    return {"input": name, "method": method, **clustering_scores(clusters, labels), "seconds": seconds}
 
 
 def markdown(found: list[dict[str, Any]]) -> str:

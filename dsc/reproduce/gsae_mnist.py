@@ -5,7 +5,6 @@ atoms, those of the other entry by entry. The figure is how well clusters of the
 digits (arXiv 2102.07003, Figs 4 and 5, Table 1). A run that was stopped goes on with its folder as --out.
 """
 
-import logging
 import time
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -27,11 +26,13 @@ from dsc.encode import sparse_encode
 from dsc.init import data_samples, singular, singular_groups
 from dsc.layers import SparseCoding, StepSize
 from dsc.measures import active_fraction, group_support
+from dsc.metrics import clustering_scores
 from dsc.models.autoencoder import SparseAutoencoder, layers_of
 from dsc.reproduce import gsae_mnist_figures as pictures
 from dsc.reproduce.baselines import Learned, alternating_minimisation, online_learning
-from dsc.reproduce.clustering import clustering_rows, kmeans, scores, shares, strongest_group, strongest_group_row
-from dsc.reproduce.results import Results
+from dsc.reproduce.clustering import clustering_rows, kmeans, shares, strongest_group, strongest_group_row
+from dsc.reproduce.results import Results, check_same
+from dsc.reproduce.training import quiet_trainer
 from dsc.tasks import Reconstructor
 
 Progress = Callable[[str], None]
@@ -230,16 +231,7 @@ def fit(
         callbacks.append(
             ModelCheckpoint(folder, state.stem, save_on_train_epoch_end=True, enable_version_counter=False)
         )
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer = Trainer(
-        max_epochs=epochs,
-        devices=1,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=folder is not None,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_epochs=epochs, callbacks=callbacks, enable_checkpointing=folder is not None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no `val_dataloader`")  # no epoch is chosen: nothing to hold out
         trainer.fit(task, loader, ckpt_path=state if state and state.is_file() else None, weights_only=True)
@@ -272,9 +264,9 @@ class Course(Callback):
         """Accuracy of k-means on codes₊ (and of the strongest group), what is active, and step·L."""
         s, labels = self.settings, self.images.labels
         z = encode(task, self.images.test)
-        found = {"accuracy": scores(kmeans(shares(z), len(labels.unique()), self.seed), labels)["accuracy"]}
+        found = {"accuracy": clustering_scores(kmeans(shares(z), len(labels.unique()), self.seed), labels)["accuracy"]}
         if self.kind == "group":
-            found["strongest_group_accuracy"] = scores(strongest_group(z, s.group_size), labels)["accuracy"]
+            found["strongest_group_accuracy"] = clustering_scores(strongest_group(z, s.group_size), labels)["accuracy"]
             found["active_groups"] = float(group_support(z, s.group_size).sum(1).float().mean())
         found["active_fraction"] = float(active_fraction(z))
         bound = float(layer_of(task).dictionary.lipschitz())
@@ -289,9 +281,7 @@ class Course(Callback):
         return {"settings": self._what_decides(), "rows": self.rows, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        found, wanted = state_dict["settings"], self._what_decides()
-        if different := [f"{k}={found[k]}" for k in wanted if found[k] != wanted[k]]:
-            raise ValueError(f"the state to continue was trained with {', '.join(different)}: choose another --out")
+        check_same("the state to continue", state_dict["settings"], self._what_decides())
         if len(state_dict["seconds"]) > self.settings.epochs:
             raise ValueError(f"the state to continue has {len(state_dict['seconds'])} epochs, more than the "
                              f"{self.settings.epochs} to train: choose another --out")  # fmt: skip

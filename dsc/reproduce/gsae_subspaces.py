@@ -7,7 +7,6 @@ dictionary learning without a network. Who starts at random may do so as often a
 chooses among the outcomes; no label does.
 """
 
-import logging
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Trainer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.cluster import spectral_clustering
@@ -32,12 +30,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from dsc.data import IndexBatches
 from dsc.dictionaries import DenseDictionary
 from dsc.layers import SparseCoding
+from dsc.metrics import clustering_scores
 from dsc.models.autoencoder import SparseAutoencoder
 from dsc.recovery import match_groups, orthonormal_groups
 from dsc.report import table
 from dsc.reproduce.baselines import Learned, alternating_minimisation, online_learning
-from dsc.reproduce.clustering import kmeans, scores, shares, spectral, strongest_group
+from dsc.reproduce.clustering import kmeans, shares, spectral, strongest_group
 from dsc.reproduce.results import PALETTE, Results, spread, stream
+from dsc.reproduce.training import quiet_trainer
 from dsc.synthetic import GroupSparse
 from dsc.tasks import OneCycle, Reconstructor
 
@@ -161,7 +161,8 @@ def measure(case: Case, settings: Settings, seed: int) -> Iterator[dict[str, Any
     """
     given = problem(case, settings, seed)
     for found in chain(classical(given, case, settings, seed), learned(given, case, settings, seed)):
-        row = {"method": found.method, **scores(found.clusters, given.labels), "seconds": round(found.seconds, 2)}
+        row = {"method": found.method, **clustering_scores(found.clusters, given.labels)}
+        row["seconds"] = round(found.seconds, 2)
         if found.atoms is not None and given.truth is not None:
             row["affinity"] = match_groups(found.atoms, given.truth, case.group_size).mean_squared_cosine
         yield row if found.objective is None else row | {"objective": found.objective}
@@ -288,16 +289,7 @@ def fit(task: Reconstructor, x: Tensor, settings: Settings, seed: int) -> None:
     images = TensorDataset(x.unflatten(1, (1, 1, -1)), torch.arange(len(x)))
     batches = IndexBatches(len(x), settings.batch_size, train=True, seed=seed)
     loader = DataLoader(images, sampler=batches, batch_size=None, generator=Generator())
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer = Trainer(
-        max_epochs=settings.epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(task, loader)
+    quiet_trainer(max_epochs=settings.epochs, accelerator="cpu").fit(task, loader)
     task.eval()
 
 

@@ -4,7 +4,6 @@ Signals ``x = Dz* + e`` with D of 250 × 500, each entry of z* active with proba
 figure is the NMSE ``10 log₁₀(E‖z − z*‖²/E‖z*‖²)`` in dB over 1,000 signals that no method was trained or tuned on.
 """
 
-import logging
 import math
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -14,7 +13,7 @@ from statistics import mean
 from typing import Any, get_args
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -27,6 +26,7 @@ from dsc.measures import nmse
 from dsc.prox import Soft
 from dsc.report import table
 from dsc.reproduce.results import PALETTE, Results, spread, stream
+from dsc.reproduce.training import quiet_trainer
 from dsc.solvers import FISTA, ISTA
 from dsc.synthetic import BernoulliGaussian
 
@@ -185,8 +185,7 @@ class Batches(IterableDataset[tuple[Tensor, Tensor]]):
 def fit(layer: LearnedSparseCoding, problem: BernoulliGaussian, settings: Settings, seed: int) -> None:
     """Train the layer, in place."""
     batches = Batches(problem, settings.batch_size, stream(seed, 3))
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer = Trainer(max_steps=settings.iterations, barebones=True, devices=1)
+    trainer = quiet_trainer(max_steps=settings.iterations, barebones=True)
     trainer.fit(Fitting(layer.train(), settings), DataLoader(batches, batch_size=None))
     layer.cpu().eval()
 

@@ -71,6 +71,12 @@ def write(folder: Path, name: str, results: Results) -> None:
         picture.savefig(folder / f"{name}_{key}.png", dpi=120)
 
 
+def check_same(what: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError where `what`, to be continued, was made with other settings than those wanted."""
+    if different := [f"{key}={found.get(key)}" for key in wanted if found.get(key) != wanted[key]]:
+        raise ValueError(f"{what} was made with {', '.join(different)}: choose another --out")
+
+
 def spread(values: list[float], digits: int) -> str:
     """Mean, and over several seeds the standard deviation, for a table."""
     shown = f"{mean(values):,.{digits}f}" + (f" ± {stdev(values):,.{digits}f}" if len(values) > 1 else "")

@@ -5,14 +5,14 @@ Images are pixels in [0, 1], (images, channels, height, width); classifiers take
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import normalize
 
-from dsc.layers import SparseCoding
-from dsc.observe import Observer
+from dsc.observe import Observer, sparse_layers
 from dsc.prox import Prox, inverse_softplus
 
 Noise = Callable[[Tensor, float, torch.Generator], Tensor]
@@ -110,46 +110,39 @@ class ThresholdByResidual:
 
     Args:
         model: of images as `x`, its first sparse layer a `SparseCoding` with a learned λ.
-        levels: images (N, …) with noise, of several levels.
+        levels: images (N, …) with noise, of several levels; a batch each.
         labels: their classes, the same at every level.
         factors: to choose from.
     """
 
     def __init__(self, model: nn.Module, levels: Sequence[Tensor], labels: Tensor, factors: Sequence[float]) -> None:
         self.model = model
-        self.prox = self._first().prox
+        coders = ((name, layer.coder) for name, layer in sparse_layers(model).items())
+        self.name, self.coder = next((name, coder) for name, coder in coders if coder is not None)
         self.residuals = torch.stack([self.residual(x).mean() for x in levels])
-        self.factors = [max(factors, key=lambda f, x=x: self._accuracy(x, labels, f)) for x in levels]  # type: ignore[misc]
+        self.factors = [self._best(factors, x, labels) for x in levels]
 
     @torch.no_grad()
     def residual(self, x: Tensor) -> Tensor:
         """Mean squared error of each image's reconstruction from its code in the first layer, (images,)."""
-        found = []
-        for part in x.split(BATCH):
-            with Observer(self.model) as observer:
-                self.model(part)
-            name = next(name for name, layer in observer.layers.items() if layer.coder is not None)
-            signal, code = observer.inputs[name][0], observer.features[name][0]
-            error = signal - self._first().decode(code, signal.shape[-2:])
-            found.append(error.square().flatten(1).mean(1))
-        return torch.cat(found)
+        with Observer(self.model) as observer:
+            self.model(x)
+        signal, code = observer.inputs[self.name][0], observer.features[self.name][0]
+        return (signal - self.coder.decode(code, signal.shape[-2:])).square().flatten(1).mean(1)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         nearest = (self.residual(x)[:, None] - self.residuals).abs().argmin(1)
         chosen = torch.tensor(self.factors)[nearest]
-        logits = torch.empty(0)
-        for factor in chosen.unique().tolist():
-            rows = chosen == factor
-            with threshold_times(self.prox, factor):
-                found = self.model(x[rows])
-            logits = logits if len(logits) else found.new_empty(len(x), found.shape[1])
-            logits[rows] = found
-        return logits
+        factors = chosen.unique().tolist()
+        rows = [(chosen == factor).nonzero().squeeze(1) for factor in factors]
+        logits = torch.cat([self._logits(x[those], factor) for those, factor in zip(rows, factors, strict=True)])
+        return logits[torch.cat(rows).argsort()]
 
-    def _accuracy(self, x: Tensor, labels: Tensor, factor: float) -> float:
-        with threshold_times(self.prox, factor):
-            return accuracy(self.model, x, labels)
+    def _best(self, factors: Sequence[float], x: Tensor, labels: Tensor) -> float:
+        return max(factors, key=lambda factor: accuracy(partial(self._logits, factor=factor), x, labels))
 
-    def _first(self) -> SparseCoding:
-        return next(module for module in self.model.modules() if isinstance(module, SparseCoding))
+    def _logits(self, x: Tensor, factor: float) -> Tensor:
+        with threshold_times(self.coder.prox, factor):
+            logits: Tensor = self.model(x)
+            return logits

@@ -3,7 +3,6 @@
 Atoms A are rows, (atoms, features), in groups of d consecutive ones; signals y are rows, too.
 """
 
-import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
+from dsc.reproduce.training import quiet_trainer
 from dsc.shrinkage import group_relu
 from dsc.synthetic import GroupSparse
 
@@ -213,8 +213,7 @@ class Training(LightningModule):
 
 def fit(module: Training, signals: Iterable[Tensor], blocks: int, epochs: int) -> dict[str, Course]:
     """Train on `signals`, whose passes are of that many blocks, a step a pass; returns the networks' courses."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer = Trainer(max_epochs=epochs, accumulate_grad_batches=blocks, barebones=True, devices=1)
+    trainer = quiet_trainer(max_epochs=epochs, accumulate_grad_batches=blocks, barebones=True)
     trainer.fit(module, DataLoader(signals, batch_size=None))  # type: ignore[arg-type]
     module.cpu()
     return module.courses

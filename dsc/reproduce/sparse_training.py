@@ -9,7 +9,6 @@ that was stopped goes on with its folder as --out.
 """
 
 import json
-import logging
 import time
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -30,7 +29,9 @@ from dsc.observe import Observer
 from dsc.regularizers import L1, Coherence, GroupL21, Hoyer, Log, Reconstruction
 from dsc.reproduce import robustness
 from dsc.reproduce import sparse_training_figures as pictures
-from dsc.reproduce.results import Results, stream
+from dsc.reproduce.results import Results, check_same, stream
+from dsc.reproduce.training import quiet_trainer
+from dsc.runs import whole
 from dsc.tasks import Classifier
 
 Progress = Callable[[str], None]
@@ -209,12 +210,10 @@ def check_settings(folder: Path, settings: Settings) -> None:
     path, ours = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
     del ours["grid"]
     if path.is_file():
-        found = json.loads(path.read_text())
-        if different := [f"{key}={found.get(key)}" for key in ours if found.get(key) != ours[key]]:
-            raise ValueError(f"the networks in {folder} were trained with {', '.join(different)}: choose another --out")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(ours))
+        check_same(f"what is in {folder}", json.loads(path.read_text()), ours)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(ours))
 
 
 def kept(folder: Path | None, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -223,9 +222,8 @@ def kept(folder: Path | None, name: str, measure: Callable[[], dict[str, Any]]) 
         return measure()
     path = folder / f"{name}.json"
     if not path.is_file():
-        partial_file = path.with_suffix(".part")
-        partial_file.write_text(json.dumps(measure(), allow_nan=False))
-        partial_file.rename(path)
+        with whole(path) as unfinished:
+            unfinished.write_text(json.dumps(measure(), allow_nan=False))
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -255,7 +253,7 @@ def measured(one: Run, settings: Settings, images: Images) -> dict[str, Any]:
     training = time.perf_counter() - begin
     figures: dict[str, Any] = {**asdict(one), "seconds": round(training, 1)}
     for part, (x, labels) in {"val": images.val, "test": images.test}.items():
-        figures |= {f"{part}_accuracy": robustness.accuracy(model, x, labels), f"{part}_active": active(model, x)}
+        figures[f"{part}_accuracy"], figures[f"{part}_active"] = accuracy_and_activity(model, x, labels)
     labels = images.test[1][: settings.noisy_images]
     figures["noise"] = under_noise(model, images.noisy, labels)
     x, labels_attacked = (part[: settings.attacked_images] for part in images.test)
@@ -292,13 +290,8 @@ def train(one: Run, settings: Settings, data: ImageData) -> nn.Module:
         channels_last=True,
         data=data,
     )
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer = Trainer(
-        max_epochs=settings.epochs,
-        devices=1,
-        precision=settings.precision,
-        barebones=True,
-        limit_val_batches=0,
+    trainer = quiet_trainer(
+        max_epochs=settings.epochs, precision=settings.precision, barebones=True, limit_val_batches=0
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*barebones")
@@ -307,12 +300,14 @@ def train(one: Run, settings: Settings, data: ImageData) -> nn.Module:
     return robustness.Standardized(task.model.cpu().eval(), data.mean, data.std)
 
 
-@torch.no_grad()
-def active(model: nn.Module, x: Tensor) -> float:
-    """Fraction of the entries of all sparse layers' codes that are not zero, in [0, 1]."""
+def accuracy_and_activity(model: nn.Module, x: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Accuracy, and the fraction of the entries of all sparse layers' codes that are not zero; both in [0, 1]."""
     with Observer(model) as observer:
         metrics = SparsityMetrics(observer.layers)
-        for part in x.split(robustness.BATCH):
-            model(part)
+
+        def observed(part: Tensor) -> Tensor:
+            logits: Tensor = model(part)
             metrics.update(observer)
-    return metrics.compute()["active_fraction/total"]
+            return logits
+
+        return robustness.accuracy(observed, x, labels), metrics.compute()["active_fraction/total"]

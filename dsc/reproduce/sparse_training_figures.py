@@ -1,6 +1,7 @@
 """The choice, tables and picture of `sparse_training`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from operator import itemgetter
 from statistics import mean
 from typing import Any
 
@@ -66,6 +67,9 @@ def noisy(row: Row) -> float:
     return mean(value for levels in row["noise"].values() for value in levels)
 
 
+active, clean, attacked = itemgetter("test_active"), itemgetter("test_accuracy"), itemgetter("attack")
+
+
 def markdown(figures: Row) -> str:
     """The chosen networks beside those without a strategy, λ at inference, and every network."""
     rows, s = figures["runs"], figures["settings"]
@@ -88,9 +92,8 @@ def _chosen(rows: list[Row], chosen: list[Row]) -> str:
     by_point, lines = points(rows), []
     for point in _baselines(by_point):
         found = by_point[point]
-        figures = [_percent([row[key] for row in found]) for key in ("test_active", "test_accuracy")]
-        under = [_percent([f(row) for row in found]) for f in (noisy, lambda row: row["attack"])]
-        lines.append([NAMES[point[0]], "none", figures[0], "1", figures[1], "", *under, ""])
+        figures = [_percent(map(f, found)) for f in (active, clean, noisy, attacked)]
+        lines.append([NAMES[point[0]], "none", figures[0], "1", figures[1], "", *figures[2:], ""])
     for one in chosen:
         head = [NAMES[one["activation"]], TITLES[one["strategy"]]]
         if one["strength"] is None:
@@ -99,10 +102,10 @@ def _chosen(rows: list[Row], chosen: list[Row]) -> str:
         ours = by_point[one["activation"], one["strategy"], one["strength"]]
         theirs = by_point[WITHOUT[one["activation"]]]
         head[1] += f" {one['strength']:g}"
-        share = [a["test_active"] / b["test_active"] for a, b in zip(ours, theirs, strict=True)]
-        changes = [_change(ours, theirs, f) for f in (lambda row: row["test_accuracy"], noisy, lambda r: r["attack"])]
-        figures = [_percent([row[key] for row in ours]) for key in ("test_active", "test_accuracy")]
-        lost = mean(b["test_accuracy"] - a["test_accuracy"] for a, b in zip(ours, theirs, strict=True))
+        share = [active(a) / active(b) for a, b in zip(ours, theirs, strict=True)]
+        changes = [_change(ours, theirs, f) for f in (clean, noisy, attacked)]
+        figures = [_percent(map(f, ours)) for f in (active, clean)]
+        lost = _mean(theirs, clean) - _mean(ours, clean)
         met = "yes" if mean(share) <= ASKED_FRACTION and lost <= ALLOWED_LOSS else "no"
         lines.append([*head, figures[0], spread(share, 2), figures[1], *changes, met])
     return table(header, lines)
@@ -117,7 +120,7 @@ def _inference(rows: list[Row], chosen: list[Row]) -> str:
         found = [row for row in by_point.get(point, []) if "adaptive" in row]
         if not found:
             continue
-        cells = [([row["test_accuracy"] for row in found], [row["adaptive_clean"] for row in found])]
+        cells = [([clean(row) for row in found], [row["adaptive_clean"] for row in found])]
         cells += [
             ([mean(row["noise"][kind]) for row in found], [mean(row["adaptive"][kind]) for row in found])
             for kind in kinds
@@ -130,14 +133,8 @@ def _all(rows: list[Row]) -> str:
     header = ["activation", "strategy", "validation, %", "active, %", "accuracy, %", "under noise, %", "attack, %"]
     lines = []
     for point, found in points(rows).items():
-        values: list[Callable[[Row], float]] = [
-            lambda row: row["val_accuracy"],
-            lambda row: row["test_active"],
-            lambda row: row["test_accuracy"],
-            noisy,
-            lambda row: row["attack"],
-        ]
-        lines.append([*_name(point), *(_percent([value(row) for row in found]) for value in values)])
+        values = (itemgetter("val_accuracy"), active, clean, noisy, attacked)
+        lines.append([*_name(point), *(_percent(map(value, found)) for value in values)])
     return table(header, lines)
 
 
@@ -150,7 +147,7 @@ def _name(point: Point) -> list[str]:
     return [NAMES[activation], TITLES[strategy] + ("" if strategy == "none" else f" {strength:g}")]
 
 
-def _percent(values: list[float]) -> str:
+def _percent(values: Iterable[float]) -> str:
     return spread([100 * value for value in values], 2)
 
 
@@ -163,11 +160,8 @@ def draw_fronts(rows: list[Row], chosen: list[Row]) -> Figure:
     """Accuracy against active fraction: clean, under noise and under attack, a column an activation."""
     by_point = points(rows)
     activations = list(dict.fromkeys(row["activation"] for row in rows))
-    measures: dict[str, Callable[[Row], float]] = {
-        "accuracy (%)": lambda row: row["test_accuracy"],
-        "under noise (%)": noisy,
-        "under attack (%)": lambda row: row["attack"],
-    }
+    measures: dict[str, Callable[[Row], float]]
+    measures = {"accuracy (%)": clean, "under noise (%)": noisy, "under attack (%)": attacked}
     figure = Figure(figsize=(4.2 * len(activations) + 1.8, 8.4), layout="constrained")
     panels = figure.subplots(len(measures), len(activations), squeeze=False, sharex=True, sharey="row")
     for line, (label, measure) in zip(panels, measures.items(), strict=True):
@@ -177,8 +171,8 @@ def draw_fronts(rows: list[Row], chosen: list[Row]) -> Figure:
     for axes, activation in zip(panels[0], activations, strict=True):
         axes.set_title(NAMES[activation])
         base = by_point[WITHOUT[activation]]
-        axes.axvline(100 * ASKED_FRACTION * _mean(base, lambda row: row["test_active"]), color="0.6", linestyle=":")
-        axes.axhline(100 * (_mean(base, measures["accuracy (%)"]) - ALLOWED_LOSS), color="0.6", linestyle=":")
+        axes.axvline(100 * ASKED_FRACTION * _mean(base, active), color="0.6", linestyle=":")
+        axes.axhline(100 * (_mean(base, clean) - ALLOWED_LOSS), color="0.6", linestyle=":")
     for line, below, measure in zip(panels, (4, 15, 100), measures.values(), strict=True):
         best = 100 * max(_mean(found, measure) for found in by_point.values())
         line[0].set_ylim(max(best - below, 0), best + below / 8)  # strengths that ruin a network are in the table
@@ -202,9 +196,7 @@ def _front(
             found = {WITHOUT[activation]: by_point[WITHOUT[activation]]}
         if not found:
             continue
-        spots = {
-            p: (100 * _mean(runs, lambda r: r["test_active"]), 100 * _mean(runs, measure)) for p, runs in found.items()
-        }
+        spots = {p: (100 * _mean(runs, active), 100 * _mean(runs, measure)) for p, runs in found.items()}
         color = PALETTE[strategies.index(strategy) % len(PALETTE)]
         style = (
             {"marker": "*", "markersize": 13} if strategy == "none" else {"marker": MARKERS[strategies.index(strategy)]}

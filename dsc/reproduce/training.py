@@ -1,0 +1,13 @@
+"""Lightning's trainer as experiments want it."""
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+
+def quiet_trainer(**arguments: Any) -> Trainer:
+    """A trainer on one device that says and keeps nothing but what `arguments`, Lightning's own, ask for."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(**{"devices": 1, **silent, **arguments})
