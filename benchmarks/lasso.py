@@ -9,6 +9,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -101,6 +102,16 @@ def exact_solvers(problem: tuple[Tensor, Tensor, float]) -> dict[str, tuple[int,
     return {"SPAMS lasso (LARS)": (len(x), lars)} | found
 
 
+def without_numba(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same call where numba is not installed, or so it seems."""
+
+    def batched() -> Tensor:
+        with patch("dsc.active_set.find_spec", return_value=None):
+            return call()
+
+    return batched
+
+
 def table(atoms: int, signals: int, repeats: int, seconds: float) -> str:
     """One Markdown table."""
     problem = patches(atoms, signals)
@@ -110,9 +121,10 @@ def table(atoms: int, signals: int, repeats: int, seconds: float) -> str:
     exact = exact_solvers(problem)
     quick = {name: call for name, (count, call) in exact.items() if count == signals}
     calls = {goal: lambda goal=goal: dsc.sparse_encode(x, dictionary, threshold, tol=goal) for goal in GAPS}
+    calls |= {f"{GAPS[1]:g}, without numba": without_numba(calls[GAPS[1]])}
     times = interleaved(calls | quick, repeats)
     rows = [
-        [f"`dsc.sparse_encode(tol={goal:g})`", f"{relative_gap(problem, call(), best):.0e}", times[goal]]
+        [f"`dsc.sparse_encode`, tol={goal}", f"{relative_gap(problem, call(), best):.0e}", times[goal]]
         for goal, call in calls.items()
     ]
     for name, (count, call) in exact.items():

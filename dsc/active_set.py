@@ -9,17 +9,20 @@ not certified yet,
 3. Newton's step on the support, which is exact where h is piecewise linear, and taken where it goes downhill
    (feature-sign search, Lee et al. 2006, with many signs a step).
 
-Signals with supports of similar size share a batch, so all of this is batched products and factorisations.
+Signals with supports of similar size share a batch, so all of this is batched products and factorisations. Where numba
+is installed, for ℓ1 on a CPU, coordinate descent on working sets comes first (`dsc.coordinate_descent`): most signals
+then need no round.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dsc.certificates import relative_duality_gap
-from dsc.penalties import Penalty, penalty_of
+from dsc.penalties import Penalty, given, penalty_of
 from dsc.prox import Prox
 
 GREEDY_STEPS = 32
@@ -47,6 +50,7 @@ class ActiveSet:
         self.penalty = penalty_of(prox, self.size, None if self.scale is None else norms, padding)
         self.count, self.atoms = len(atoms), F.pad(atoms, (0, 0, 0, padding * self.size))
         self.gram = self.atoms @ self.atoms.mT
+        self.descend = compiled_descent(self.gram, self.penalty)
 
     def solve(self, x: Tensor, tol: float, max_rounds: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Codes of the signals `x` and the relative duality gap of each, certified where it is at most `tol`.
@@ -55,20 +59,28 @@ class ActiveSet:
         """
         z, gaps = self._start(x, start), x.new_full((len(x),), torch.inf, dtype=torch.float64)
         residual = x.clone() if start is None else x - z @ self.atoms
+        if self.descend is not None:  # after which most signals need no round
+            self.descend(z, residual @ self.atoms.mT, tol)
+            residual = x - z @ self.atoms
         open_ = torch.arange(len(x), device=x.device)
         for round_ in range(max_rounds + 1):
             r, codes, before = (t.index_select(0, open_) for t in (residual, z, gaps))
             correlations = r @ self.atoms.mT
             gap = self._gaps(r, codes, correlations, tol)
             gaps.index_copy_(0, open_, gap)
-            stalled = (gap < STALLED_BELOW[x.dtype]) & (gap > before / 2)
+            stalled = (gap < STALLED_BELOW[x.dtype]) & (gap > before / 2) & (round_ > 1)
             left = (~(gap <= tol) & ~stalled).nonzero().squeeze(1)
             if round_ == max_rounds or len(left) == 0:
                 break
             if len(left) < len(open_):
                 open_, codes, correlations = (t.index_select(0, left) for t in (open_, codes, correlations))
             steps = 1 + round_ // 4 + (x.dtype == torch.float64)  # one more refines what the ridge has left
-            codes, images = self._newton(*self._greedy(codes, correlations), steps)
+            if round_ == 0 and self.descend is not None:  # fresh correlations may be all that is missing
+                self.descend(codes, correlations, tol)
+                images = codes @ self.atoms
+            else:
+                self._greedy(codes, correlations)
+                codes, images = self._newton(codes, correlations, steps)
             z.index_copy_(0, open_, codes)
             residual.index_copy_(0, open_, x.index_select(0, open_) - images)
         z = z[:, : self.count]
@@ -85,6 +97,8 @@ class ActiveSet:
         z, correlations = z[:, : self.count], correlations[:, : self.count]
         if self.scale is not None:
             z, correlations = z / self.scale, correlations * self.scale
+        if self.descend is not None:  # most are
+            return relative_duality_gap(self.prox, z, residual, correlations)
         scale = 1 / self.prox.gauge(correlations).clamp_min(1)
         energy, value = torch.linalg.vecdot(residual, residual) / 2, self.prox.penalty(z)
         gap = (1 - scale).square() * energy + value - scale * torch.linalg.vecdot(z, correlations)
@@ -93,12 +107,11 @@ class ActiveSet:
         certified = relative_duality_gap(self.prox, *(t.index_select(0, done) for t in (z, residual, correlations)))
         return rough.index_copy(0, done, certified)
 
-    def _greedy(self, z: Tensor, correlations: Tensor) -> tuple[Tensor, Tensor]:
+    def _greedy(self, z: Tensor, correlations: Tensor) -> None:
         """Better codes, and their correlations, both in place."""
         rows = max(1, IN_CACHE // z.shape[1] if z.device.type == "cpu" else len(z))
         for part in zip(z.split(rows), correlations.split(rows), strict=True):
             self._greedy_steps(*part)
-        return z, correlations
 
     def _greedy_steps(self, z: Tensor, correlations: Tensor) -> None:
         u = correlations.add_(z)  # a group's exact minimisation starts from its part of u: its curvature is 1
@@ -195,6 +208,25 @@ def _accept(gram: Tensor, z: Tensor, c: Tensor, penalty: Penalty, candidates: li
         instead, c_instead = _accept(*rows, [other[rejected] for other in others])
         code, after = code.index_copy(0, rejected, instead), after.index_copy(0, rejected, c_instead)
     return code, after
+
+
+def compiled_descent(gram: Tensor, penalty: Penalty) -> Callable[[Tensor, Tensor, float], None] | None:
+    """Coordinate descent on codes and correlations, in place, to a relative tolerance; None where it does not apply."""
+    if gram.device.type != "cpu" or penalty.size > 1 or given(penalty.l2) or find_spec("numba") is None:
+        return None
+    from dsc.coordinate_descent import descend  # compiles on first use
+
+    l1, ridge = (
+        torch.as_tensor(weight, dtype=gram.dtype).expand(len(gram)).numpy() for weight in (penalty.l1, penalty.ridge)
+    )
+    l1, inverse = l1.copy(), 1 / (1 + ridge)
+    rounding = 10 * torch.finfo(gram.dtype).eps
+
+    def descent(z: Tensor, correlations: Tensor, tol: float) -> None:
+        goal = max(tol, rounding) * float(l1.min())
+        descend(z.numpy(), correlations.numpy(), gram.numpy(), l1, inverse, penalty.nonneg, goal)
+
+    return descent
 
 
 def argmax_(score: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from oracles import CONVEX, GROUPED, NONNEG, kkt_residual, penalty, unfold, weig
 from scipy.optimize import minimize
 from sklearn.linear_model import ElasticNet, Lasso
 
+import dsc.active_set
 import dsc.encode
 from dsc.activations import create_activation
 from dsc.active_set import ActiveSet
@@ -29,6 +30,13 @@ def _no_warning_is_missed():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+@pytest.fixture(params=["compiled", "batched"])
+def engine(request, monkeypatch):
+    """The solvers with numba and without."""
+    if request.param == "batched":
+        monkeypatch.setattr(dsc.active_set, "find_spec", lambda name: None)
 
 
 def groups(name, size=2):
@@ -104,6 +112,7 @@ def _minimum_on(name, x, atoms, t, size, l1_ratio):
 # Exactness
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("share", [0.5, 0.1])
 @pytest.mark.parametrize("kind", ["overcomplete", "undercomplete", "duplicated", "one feature", "one group"])
 @pytest.mark.parametrize("name", CONVEX)
@@ -115,6 +124,7 @@ def test_dense_codes_are_stationary(name, kind, share):
     assert (z != 0).any()
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", CONVEX)
 def test_codes_of_atoms_of_any_norm_are_stationary(name):
     x, dictionary = problem("any norms")
@@ -135,6 +145,7 @@ def test_convolutional_codes_are_stationary(name, stride, padding, size):
     assert (z != 0).any()
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("seed", range(100))
 def test_objective_equals_scikit_learn(seed):
     draw = np.random.default_rng(seed)
@@ -149,6 +160,7 @@ def test_objective_equals_scikit_learn(seed):
     np.testing.assert_allclose(objectives(name, x, dictionary, ours, threshold), expected, rtol=1e-9)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("l1_ratio", [0.1, 0.5, 0.95])
 def test_elastic_net_equals_scikit_learn(l1_ratio):
     x, dictionary = problem("any norms")
@@ -189,6 +201,7 @@ def least(name):
     return np.array([minimum(name, s, dictionary.numpy(), 0.3, 2 if GROUPED[name] else 1) for s in x.numpy()])
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONVEX)
 def test_gap_bounds_the_suboptimality(name, dtype):
@@ -201,6 +214,7 @@ def test_gap_bounds_the_suboptimality(name, dtype):
         assert ((found - least(name)) / found <= gaps.numpy() + 1e-11).all()
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", CONVEX)
 def test_a_tolerance_below_single_precision_is_reached(name):
     x, dictionary = (t.float() for t in problem("overcomplete", 20))
@@ -212,6 +226,7 @@ def test_a_tolerance_below_single_precision_is_reached(name):
     assert ((found - least) / found).max() <= 1e-10
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", HOMOGENEOUS)
 def test_large_signals_in_single_precision_are_finished_in_double(name):
     # The correlations are a million times λ, and their rounding is near it.
@@ -229,6 +244,7 @@ def test_a_signal_that_does_not_reach_the_tolerance_is_warned_of(monkeypatch):
     x, dictionary = problem("overcomplete", 6)
     x[4] = 0  # certified at once
     monkeypatch.setattr(dsc.encode, "ROUNDS", 1)
+    monkeypatch.setattr(dsc.active_set, "find_spec", lambda name: None)  # with numba no round is needed
     threshold = 0.01 * largest_correlation(x, dictionary)
     with pytest.warns(ConvergenceWarning) as caught:
         z, gaps = sparse_encode(x, dictionary, threshold, tol=1e-12, return_gap=True)
@@ -283,6 +299,7 @@ def test_codes_scale_with_signals_and_threshold(name, scale):
     torch.testing.assert_close(inverse * scale, z, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("scale", [1e-20, 1e18])
 @pytest.mark.parametrize("name", HOMOGENEOUS)
 def test_single_precision_codes_scale_too(name, scale):
@@ -336,6 +353,7 @@ def test_one_atom_has_a_closed_form():
     torch.testing.assert_close(sparse_encode(x, atom, 0.5, "relu", 1e-13)[:, 0], shrunk.clamp_min(0))
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", CONVEX)
 def test_a_dictionary_of_rank_one_is_coded(name):
     x, dictionary = gaussian(10, 6), gaussian(16, 1, seed=1) @ unit(gaussian(1, 6, seed=2))
@@ -377,6 +395,7 @@ def threads_of_a_new_thread():
     return seen[0]
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("name", ["soft", "group_relu"])
 def test_parts_and_threads_change_no_code(name, two_threads, monkeypatch):
     x, dictionary = problem("overcomplete", 1500)
@@ -405,6 +424,7 @@ def test_a_failing_thread_is_heard_of_and_leaves_the_threads_alone(two_threads, 
 # Arguments
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
 @pytest.mark.parametrize("name", CONVEX)
 def test_threshold_per_atom_or_group(name, kind):

@@ -37,7 +37,7 @@ ROWS = [
     ["measures", "frames", "recovery", "init", "spectra", "activations", "certificates", "gradients"],
     ["nonconvex", "penalties"],
     ["prox"],
-    ["shrinkage", "runs"],
+    ["shrinkage", "coordinate_descent", "runs"],
     ["_names"],
 ]
 RANK = {module: row for row, modules in enumerate(ROWS) for module in modules}
