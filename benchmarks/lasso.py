@@ -106,7 +106,7 @@ def without_numba(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The same call where numba is not installed, or so it seems."""
 
     def batched() -> Tensor:
-        with patch("dsc.active_set.find_spec", return_value=None):
+        with patch("dsc.active_set.compiled_descent", return_value=None):
             return call()
 
     return batched

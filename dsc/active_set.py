@@ -14,7 +14,9 @@ is installed, for ℓ1 on a CPU, coordinate descent on working sets comes first 
 then need no round.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -26,6 +28,7 @@ from dsc.penalties import Penalty, given, penalty_of
 from dsc.prox import Prox
 
 GREEDY_STEPS = 32
+BETWEEN_SIGNALS = 64  # that are coded before an interrupt is heard
 IN_CACHE = 2**18  # correlations, of signals that take these steps together
 ALIGNED = 16  # entries, of which a row is a multiple
 WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384)
@@ -50,7 +53,7 @@ class ActiveSet:
         self.penalty = penalty_of(prox, self.size, None if self.scale is None else norms, padding)
         self.count, self.atoms = len(atoms), F.pad(atoms, (0, 0, 0, padding * self.size))
         self.gram = self.atoms @ self.atoms.mT
-        self.descend = compiled_descent(self.gram, self.penalty)
+        self.descend = descent_on(self.gram, self.penalty)
 
     def solve(self, x: Tensor, tol: float, max_rounds: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Codes of the signals `x` and the relative duality gap of each, certified where it is at most `tol`.
@@ -68,7 +71,7 @@ class ActiveSet:
             correlations = r @ self.atoms.mT
             gap = self._gaps(r, codes, correlations, tol)
             gaps.index_copy_(0, open_, gap)
-            stalled = (gap < STALLED_BELOW[x.dtype]) & (gap > before / 2) & (round_ > 1)
+            stalled = (gap < STALLED_BELOW[x.dtype]) & (gap > before / 2) & (round_ > (self.descend is not None))
             left = (~(gap <= tol) & ~stalled).nonzero().squeeze(1)
             if round_ == max_rounds or len(left) == 0:
                 break
@@ -210,23 +213,36 @@ def _accept(gram: Tensor, z: Tensor, c: Tensor, penalty: Penalty, candidates: li
     return code, after
 
 
-def compiled_descent(gram: Tensor, penalty: Penalty) -> Callable[[Tensor, Tensor, float], None] | None:
+def descent_on(gram: Tensor, penalty: Penalty) -> Callable[[Tensor, Tensor, float], None] | None:
     """Coordinate descent on codes and correlations, in place, to a relative tolerance; None where it does not apply."""
-    if gram.device.type != "cpu" or penalty.size > 1 or given(penalty.l2) or find_spec("numba") is None:
+    if gram.device.type != "cpu" or penalty.size > 1 or given(penalty.l2) or (descend := compiled_descent()) is None:
         return None
-    from dsc.coordinate_descent import descend  # compiles on first use
-
     l1, ridge = (
-        torch.as_tensor(weight, dtype=gram.dtype).expand(len(gram)).numpy() for weight in (penalty.l1, penalty.ridge)
+        torch.as_tensor(weight, dtype=gram.dtype, device="cpu").expand(len(gram)).numpy().copy()
+        for weight in (penalty.l1, penalty.ridge)
     )
-    l1, inverse = l1.copy(), 1 / (1 + ridge)
-    rounding = 10 * torch.finfo(gram.dtype).eps
+    least = float(l1[gram.diagonal().numpy() > 0].min())  # of atoms, not of the padding
+    inverse, rounding = 1 / (1 + ridge), 10 * torch.finfo(gram.dtype).eps
 
     def descent(z: Tensor, correlations: Tensor, tol: float) -> None:
-        goal = max(tol, rounding) * float(l1.min())
-        descend(z.numpy(), correlations.numpy(), gram.numpy(), l1, inverse, penalty.nonneg, goal)
+        goal = max(tol, rounding) * least
+        for rows in zip(z.split(BETWEEN_SIGNALS), correlations.split(BETWEEN_SIGNALS), strict=True):
+            descend(*(part.numpy() for part in rows), gram.numpy(), l1, inverse, penalty.nonneg, goal)
 
     return descent
+
+
+@cache
+def compiled_descent() -> Callable[..., None] | None:
+    """`dsc.coordinate_descent.descend`; None without numba, and, with a warning, where numba does not work."""
+    if find_spec("numba") is None:
+        return None
+    try:
+        from dsc.coordinate_descent import descend
+    except (ImportError, RuntimeError, SystemError) as error:  # another numpy's, or no folder to keep what it compiles
+        warnings.warn(f"numba is installed but does not work, so codes take longer: {error}", stacklevel=2)
+        return None
+    return descend
 
 
 def argmax_(score: Tensor) -> Tensor:

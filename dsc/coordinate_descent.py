@@ -100,16 +100,16 @@ def polish(own: Array, count: int, gram: Array, factor: Array, step: Array) -> b
     """Newton's step, exact while signs stay; whether it was taken: they did, and the atoms are independent."""
     z, c, l1, inverse = own[0], own[1], own[2], own[3]
     for a in range(count):  # Cholesky
-        for b in range(a + 1):
+        pivot = gram[a, a] + 1 / inverse[a] - 1
+        for b in range(a):
             value = gram[a, b]
             for i in range(b):
                 value -= factor[a, i] * factor[b, i]
-            if b < a:
-                factor[a, b] = value / factor[b, b]
-        value += 1 / inverse[a] - 1
-        if value < LEAST_PIVOT:
+            factor[a, b] = value / factor[b, b]
+            pivot -= factor[a, b] ** 2
+        if pivot < LEAST_PIVOT:
             return False
-        factor[a, a] = np.sqrt(value)
+        factor[a, a] = np.sqrt(pivot)
     for a in range(count):
         step[a] = c[a] - l1[a] * np.sign(z[a]) - (1 / inverse[a] - 1) * z[a]
         for i in range(a):
@@ -149,7 +149,8 @@ def descend(
     """Bring codes z (signals, entries), in place, to where no entry alone would move by more than `tolerance`.
 
     `correlations` are ``Dᵀ(x − Dz)``, kept so in place; `gram` is DᵀD with a diagonal of ones (or zeros); `l1` and
-    `inverse`, of ridges as 1/(1 + ridge), have a value an entry. Hard signals may end before: the caller looks.
+    `inverse`, of ridges as 1/(1 + ridge), have a value an entry. Signals that need more members, or
+    whose members depend on one another, may end before: the caller looks.
     """
     goal, nearly, closer = l1.dtype.type(tolerance), l1.dtype.type(NEARLY), l1.dtype.type(CLOSER)
     moves, members = np.empty_like(l1), np.empty(min(len(gram), MOST_MEMBERS), np.int64)

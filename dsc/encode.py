@@ -70,8 +70,9 @@ def sparse_encode(
 
     A dense dictionary is served by the active-set method of `dsc.active_set`, whose cost follows the supports (with
     groups, and unless tol is below 1e-8, after a hundred steps of FISTA); any other, and one of more than 16,384 atoms,
-    by FISTA with restart, which certified signals leave. For ℓ1 on a CPU the extra ``deep-sparse-coding[numba]`` makes
-    it several times as fast (`dsc.coordinate_descent`).
+    by FISTA with restart, which certified signals leave. With the extra ``deep-sparse-coding[numba]`` an ℓ1,
+    non-negative or elastic code takes a fraction of the time on a CPU (`dsc.coordinate_descent`), after the second or
+    so that a process's first call takes to load it.
     """
     if not (isinstance(tol, int | float) and 0 < tol < 1):
         raise ValueError(f"tol, a relative duality gap, must lie between 0 and 1 (such as 1e-4), got {tol!r}")

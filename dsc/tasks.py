@@ -241,7 +241,7 @@ class Task(LightningModule):
         optimizer = self.make_optimizer([group for group in groups if group["params"]])
         for group in optimizer.param_groups:
             if all(p.ndim <= 1 for p in group["params"]):
-                group["lr"] *= self.bias_lr
+                group["lr"] = group["lr"] * self.bias_lr
         if self.make_schedule is None:
             return optimizer
         schedule = self.make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -120,3 +123,20 @@ def test_the_interpreter_computes_the_same(monkeypatch):
         function(z.numpy(), (x @ solver.atoms.mT).numpy(), solver.gram.numpy(), l1, inverse, False, 1e-12)
         found.append(z)
     torch.testing.assert_close(*found, rtol=0, atol=1e-13)
+
+
+def test_a_numba_that_does_not_work_is_warned_of_and_done_without(tmp_path):
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 1.9 or less')\n")
+    script = """
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+import torch, dsc
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        z, gaps = dsc.sparse_encode(torch.eye(3), torch.eye(3), 0.25, return_gap=True)
+assert torch.equal(z, 0.75 * torch.eye(3)), z
+found = [str(warning.message) for warning in caught if "numba" in str(warning.message)]
+assert found == ["numba is installed but does not work, so codes take longer: Numba needs NumPy 1.9 or less"], found
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)

@@ -36,7 +36,7 @@ def _no_warning_is_missed():
 def engine(request, monkeypatch):
     """The solvers with numba and without."""
     if request.param == "batched":
-        monkeypatch.setattr(dsc.active_set, "find_spec", lambda name: None)
+        monkeypatch.setattr(dsc.active_set, "compiled_descent", lambda: None)
 
 
 def groups(name, size=2):
@@ -244,7 +244,7 @@ def test_a_signal_that_does_not_reach_the_tolerance_is_warned_of(monkeypatch):
     x, dictionary = problem("overcomplete", 6)
     x[4] = 0  # certified at once
     monkeypatch.setattr(dsc.encode, "ROUNDS", 1)
-    monkeypatch.setattr(dsc.active_set, "find_spec", lambda name: None)  # with numba no round is needed
+    monkeypatch.setattr(dsc.active_set, "compiled_descent", lambda: None)  # with numba no round is needed
     threshold = 0.01 * largest_correlation(x, dictionary)
     with pytest.warns(ConvergenceWarning) as caught:
         z, gaps = sparse_encode(x, dictionary, threshold, tol=1e-12, return_gap=True)

@@ -213,7 +213,8 @@ def check_settings(folder: Path, settings: Settings) -> None:
         check_same(f"what is in {folder}", json.loads(path.read_text()), ours)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(ours))
+        with whole(path) as unfinished:
+            unfinished.write_text(json.dumps(ours))
 
 
 def kept(folder: Path | None, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
