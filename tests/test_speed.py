@@ -42,6 +42,18 @@ def test_data_set_the_first_dictionary_which_then_stays():
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["whiten.dictionary.weight"]
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_filters_begin_as_the_identity_and_unit_atoms(steps):
+    for below, stage in zip((24, 4, 6), make(steps=steps, channels=(4, 6, 8)).stages, strict=True):
+        x = images(2, below, 5, 5)
+        torch.testing.assert_close(stage.conv(x)[:, :below], x[:, : stage.conv.out_channels])
+        torch.testing.assert_close(stage.conv.weight.flatten(1).norm(dim=1), torch.ones(stage.conv.out_channels))
+        z = images(2, stage.conv.out_channels, 5, 5)
+        dictionary = stage.coder.dictionary
+        gram = dictionary.analyze(dictionary.synthesize(z))
+        torch.testing.assert_close(gram, dictionary.weight[0].square().sum() * z)  # orthogonal atoms of one norm
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_one_step_is_the_plain_network(mode):
     model = make(steps=1, channels=(4, 6)).double()
@@ -53,12 +65,12 @@ def test_one_step_is_the_plain_network(mode):
     pairs = [(model.whiten, plain[0])]
     for below, width, stage in zip((24, 4), (4, 6), model.stages, strict=True):
         conv = nn.Conv2d(width, width, 3, padding=1)
-        plain += [stage.conv, nn.MaxPool2d(2), stage.norm1, nn.ReLU(), stage.norm2, conv, nn.ReLU()]
+        plain += [stage.conv, nn.MaxPool2d(2), stage.norm1, nn.ReLU(), stage.norm2, conv, nn.ReLU(), stage.norm3]
         assert (stage.conv.in_channels, stage.conv.out_channels) == (below, width)
         pairs.append((stage.coder, conv))
     for ours, theirs in pairs:
         theirs.double().load_state_dict({"weight": ours.dictionary.weight, "bias": ours.bias})
-    network = nn.Sequential(*plain, model.norm, nn.AdaptiveMaxPool2d(1), nn.Flatten(), model.head.fc)
+    network = nn.Sequential(*plain, nn.AdaptiveMaxPool2d(1), nn.Flatten(), model.head.fc)
     x = images(3, 3, 16, 13, dtype=torch.float64)
     getattr(model, mode)()
     torch.testing.assert_close(model(x), getattr(network, mode)()(x), rtol=1e-11, atol=1e-12)
@@ -84,7 +96,7 @@ def test_feature_maps_are_the_stages_codes():
     assert features.feature_info.reduction() == [2, 4, 8]
     for found, stage in zip(maps, model.stages, strict=True):
         expected = stage(expected)
-        assert torch.equal(found, expected)
+        assert torch.equal(stage.norm3(found), expected)
 
 
 def test_fewer_stages_give_fewer_feature_maps():

@@ -16,7 +16,6 @@ from dsc.models._heads import MapClassifier
 from dsc.solvers import ISTA, create_solver
 
 WHITENING_EPS = 5e-4  # added to the patches' variances, whose pixels have about unit variance
-NORM_MOMENTUM = 0.4  # short trainings: running statistics must not remember their beginning
 
 
 def whitening_atoms(images: Tensor, kernel_size: int, eps: float = WHITENING_EPS) -> Tensor:
@@ -32,8 +31,18 @@ def whitening_atoms(images: Tensor, kernel_size: int, eps: float = WHITENING_EPS
     return torch.cat([filters, -filters]).unflatten(1, (channels, kernel_size, kernel_size))
 
 
+@torch.no_grad()
+def begin_as_identity(weight: Tensor) -> None:
+    """Filters (atoms, channels, h, w) of unit norm, in place: the first pass each channel on, the others are random.
+
+    A square dictionary then is orthonormal. Source: Jordan, 94% on CIFAR-10 in 3.29 seconds (2024).
+    """
+    weight.div_(weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+    nn.init.dirac_(weight[: weight.shape[1]])
+
+
 class SpeedStage(nn.Module):
-    """``conv → max pool → norm → prox``, then ``norm → sparse coding`` at half the resolution.
+    """``conv → max pool → norm → prox``, then ``norm → sparse coding → norm`` at half the resolution.
 
     A convolution at the full resolution costs more than all of an unrolled layer behind the pooling.
     """
@@ -41,15 +50,19 @@ class SpeedStage(nn.Module):
     def __init__(self, in_channels: int, channels: int, act: Act, plain_act: Act, solver: ISTA) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        begin_as_identity(self.conv.weight)
         self.pool = nn.MaxPool2d(2)
-        self.norm1 = nn.BatchNorm2d(channels, momentum=NORM_MOMENTUM)
+        self.norm1 = nn.BatchNorm2d(channels)
         self.prox = plain_act.make(1)
-        self.norm2 = nn.BatchNorm2d(channels, momentum=NORM_MOMENTUM)
-        self.coder = sparse_layer(ConvDictionary(channels, channels, 3, padding=1), act, 1, solver)
+        self.norm2 = nn.BatchNorm2d(channels)
+        dictionary = ConvDictionary(channels, channels, 3, padding=1)
+        begin_as_identity(dictionary.weight)
+        self.coder = sparse_layer(dictionary, act, 1, solver)
+        self.norm3 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.prox(self.norm1(self.pool(self.conv(x))))
-        return self.coder(self.norm2(x))
+        return self.norm3(self.coder(self.norm2(x)))
 
 
 class DSCSpeed(MapClassifier):
@@ -93,7 +106,6 @@ class DSCSpeed(MapClassifier):
         self.stages = nn.Sequential(
             *(SpeedStage(below, width, act, plain_act, rule) for below, width in zip(widths, channels, strict=False))
         )
-        self.norm = nn.BatchNorm2d(channels[-1], momentum=NORM_MOMENTUM)
         self.min_size = 2 ** len(channels) + 1
         self.feature_info = [
             dict(num_chs=c, reduction=2 ** (i + 1), module=f"stages.{i}.coder.code") for i, c in enumerate(channels)
@@ -108,7 +120,7 @@ class DSCSpeed(MapClassifier):
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised code of the last stage, (batch, channels, h, w). Raises ValueError for too small images."""
         check_size(x, self.min_size)
-        return self.norm(self.stages(self.whiten(x)))
+        return self.stages(self.whiten(x))
 
 
 _cfg = dict(
