@@ -137,7 +137,8 @@ class Task(LightningModule):
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         loss = self.loss(batch, stage)
         progress = self._progress() if stage == "train" and len(self.regularizers) else 1.0
-        penalties = [regularizer(self.observer, progress) for regularizer in self.regularizers]
+        tested = stage == "test"  # a checkpoint keeps its model's figures, not its training's
+        penalties = [] if tested else [regularizer(self.observer, progress) for regularizer in self.regularizers]
         if penalties:
             self.log(f"{stage}/penalty", torch.stack(penalties).sum(), on_step=False, on_epoch=True)
         return loss + sum(penalties) if stage == "train" else loss

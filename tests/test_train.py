@@ -142,6 +142,7 @@ def test_a_regularizer_makes_codes_sparser(tmp_path):
     runs = [train(tmp_path / name, "--trainer.max_epochs", "6", *extra) for name, extra in (("a", []), ("b", penalty))]
     plain, sparse = (run["test"]["sparsity/active_fraction/total"] for run in runs)
     assert sparse < plain
+    main(["evaluate", str(Path(runs[1]["run"]) / "best")])  # which knows of no regularizer
 
 
 def test_runs_are_numbered_and_never_overwritten(tmp_path):
