@@ -22,7 +22,8 @@ from dsc.models import create_model, list_models
 
 HEADER = ["model", "family", "input", "parameters", "multiply-accumulates", "stages", "pretrained"]
 CHECKPOINT_HEADER = [
-    "checkpoint", "data", "activation", "seed", "accuracy, %", "with augmentation", "mse", "active", "MB",
+    "checkpoint", "data", "activation", "seed", "accuracy, %", "with augmentation", "mse", "strongest group, %",
+    "active", "MB",
 ]  # fmt: skip
 
 
@@ -60,7 +61,8 @@ class ModelInfo:
 class CheckpointInfo:
     """What a published checkpoint's card says of it; accuracies are fractions of the test set, mse is per entry.
 
-    `accuracy_tta` is that with test-time augmentation. A figure that the checkpoint does not have is None.
+    `accuracy_tta` is that with test-time augmentation, `strongest_group_accuracy` that of taking an autoencoder's
+    strongest group for the class. A figure that the checkpoint does not have is None.
     """
 
     name: str
@@ -70,14 +72,16 @@ class CheckpointInfo:
     accuracy: float | None
     accuracy_tta: float | None
     mse: float | None
+    strongest_group_accuracy: float | None
     active_fraction: float
     megabytes: float
 
     def cells(self) -> list[str]:
         """The facts as text, in the order of `CHECKPOINT_HEADER`."""
-        percent = ["" if a is None else f"{100 * a:.2f}" for a in (self.accuracy, self.accuracy_tta)]
+        fractions = (self.accuracy, self.accuracy_tta, self.strongest_group_accuracy)
+        plain, augmented, groups = ("" if a is None else f"{100 * a:.2f}" for a in fractions)
         mse = "" if self.mse is None else f"{self.mse:.4f}"
-        measured = [*percent, mse, f"{self.active_fraction:.3f}"]
+        measured = [plain, augmented, mse, groups, f"{self.active_fraction:.3f}"]
         return [f"`{self.name}`", self.dataset, self.activation, str(self.seed), *measured, f"{self.megabytes:.1f}"]
 
 
@@ -145,6 +149,7 @@ def describe_checkpoint(folder: Path) -> CheckpointInfo:
         accuracy=metrics.get("accuracy"),
         accuracy_tta=metrics.get("accuracy_tta"),
         mse=metrics.get("mse"),
+        strongest_group_accuracy=metrics.get("strongest_group_accuracy"),
         active_fraction=metrics["sparsity/active_fraction/total"],
         megabytes=(folder / hub.WEIGHTS).stat().st_size / 1e6,
     )

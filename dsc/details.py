@@ -12,11 +12,11 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from dsc.gallery import image_layer
+from dsc.measures import strongest_group
 from dsc.metrics import clustering_scores, convergence
 from dsc.observe import Observer, sparse_layers
 from dsc.prox import Prox
 from dsc.recovery import assign
-from dsc.shrinkage import grouped
 from dsc.tasks import PROBE_IMAGES, Reconstructor, Task
 
 CLUSTERED = 2000  # test images, evenly spaced
@@ -125,10 +125,10 @@ def clusters(z: Tensor, y: Tensor, prox: Prox, seed: int) -> dict[str, Any]:
     rows = [_scores("k-means of the codes", torch.from_numpy(found).long(), y[few])]
     figures: dict[str, Any] = {"clustering": rows}
     if prox.is_grouped:
-        energy = z.square().movedim(prox.dim, 1).reshape(len(z), z.shape[prox.dim], -1).sum(2)
-        energy = grouped(energy, prox.group_size_of(energy.shape[1])).sum(2)
-        strongest = energy.argmax(1)
-        shares = torch.zeros(classes, energy.shape[1]).index_put_((y, strongest), torch.ones(len(y)), True)
+        units = z.shape[prox.dim]
+        size = prox.group_size_of(units)
+        strongest = strongest_group(z, size, prox.dim)
+        shares = torch.zeros(classes, units // size).index_put_((y, strongest), torch.ones(len(y)), True)
         shares = shares / shares.sum(1, keepdim=True).clamp_min(1)
         rows.append(_scores("strongest group", strongest, y))
         figures |= {"groups": shares.tolist(), "group_order": _fitting_order(shares)}

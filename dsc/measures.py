@@ -21,6 +21,12 @@ def group_support(z: Tensor, group_size: int, dim: int = 1) -> Tensor:
     return (grouped(z, group_size, dim) != 0).any(dim % z.ndim + 1)
 
 
+def strongest_group(z: Tensor, group_size: int, dim: int = 1) -> Tensor:
+    """Group of largest norm in each signal's code, over all positions: int64 (signals,); of a zero code the first."""
+    energy = z.square().movedim(dim, 1).reshape(len(z), z.shape[dim], -1).sum(2)
+    return grouped(energy, group_size).sum(2).argmax(1)
+
+
 def hoyer(z: Tensor) -> Tensor:
     """Hoyer index ``(√n − ‖z‖₁/‖z‖₂)/(√n − 1)`` of each signal: 0 for equal entries, 1 for a single one.
 

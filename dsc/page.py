@@ -21,6 +21,7 @@ QUALITIES = {
     "accuracy": "test accuracy",
     "accuracy_tta": "with test-time augmentation",
     "mse": "mean squared error",
+    "strongest_group_accuracy": "classes told by the strongest group",
     "loss": "test loss",
 }
 CURVES = {  # what is drawn against the epoch, for one source

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from dsc import measures
 from dsc.dictionaries import Dictionary
 from dsc.layers import SparseCoding
-from dsc.metrics import SparsityMetrics, convergence
+from dsc.metrics import ClusterAccuracy, SparsityMetrics, convergence
 from dsc.models import create_model
 from dsc.observe import Observer
 from dsc.regularizers import Regularizer
@@ -172,9 +172,10 @@ class Task(LightningModule):
 
     def setup(self, stage: str) -> None:
         # Before a resumed run loads its weights, which then take the place of these.
-        initialize = getattr(self.model, "initialize", None)
-        if stage == "fit" and initialize is not None and not self.model_args.get("pretrained"):
-            initialize(self.trainer.datamodule.sample(INITIAL_IMAGES))  # type: ignore[attr-defined]
+        starts_from_images = getattr(self.model, "starts_from_images", False)
+        if stage == "fit" and starts_from_images and not self.model_args.get("pretrained"):
+            images = self.trainer.datamodule.sample(INITIAL_IMAGES)  # type: ignore[attr-defined]
+            self.model.initialize(images)  # type: ignore[operator]
 
     def on_fit_start(self) -> None:
         # Drawn anew for each epoch, so that a resumed run draws what the unbroken one would have.
@@ -314,7 +315,10 @@ def views(x: Tensor) -> list[Tensor]:
 
 
 class Reconstructor(Task):
-    """Images to themselves by half the squared error of a pixel; labels are not used.
+    """Images to themselves by half the squared error of a pixel; labels are not used in training.
+
+    Where the deepest code is in groups, a test also measures `test/strongest_group_accuracy`: how well each image's
+    strongest group tells its class.
 
     Args:
         normalize_atoms: scale every atom back to unit norm after each step.
@@ -325,15 +329,24 @@ class Reconstructor(Task):
         super().__init__(data=data, **kwargs)
         self.normalize_atoms = normalize_atoms
         self.quality = _metrics(lambda: {"mse": MeanSquaredError()})
+        units, prox = self.model.num_features, list(self.observer.layers.values())[-1].prox
+        self.group_size, self.dim = prox.group_size_of(units), prox.dim
+        if prox.is_grouped:
+            count = max(units // self.group_size, data.num_classes)
+            self.quality["test"]["strongest_group_accuracy"] = ClusterAccuracy(count)  # type: ignore[operator]
 
     def shape_args(self, data: Any) -> dict[str, Any]:
         return dict(in_chans=data.in_chans)
 
     def loss(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
-        x, _ = batch
+        x, y = batch
         reconstruction = self(x)
-        if stage in self.quality:
-            self.quality[stage]["mse"].update(reconstruction.contiguous(), x.contiguous())  # type: ignore[index]
+        figures: Any = dict(self.quality.items()).get(stage, {})
+        if "mse" in figures:
+            figures["mse"].update(reconstruction.contiguous(), x.contiguous())
+        if "strongest_group_accuracy" in figures:
+            code = list(self.observer.features.values())[-1][-1]
+            figures["strongest_group_accuracy"].update(measures.strongest_group(code, self.group_size, self.dim), y)
         return F.mse_loss(reconstruction, x) / 2
 
     def on_train_batch_end(self, *args: Any) -> None:

@@ -204,3 +204,35 @@ def test_feature_maps_are_the_codes_of_the_layers():
     x = images(2, 1, 10, 12)
     for found, code in zip(features(x), model.coder.codes(x), strict=True):
         torch.testing.assert_close(found, code)
+
+
+# Atoms to begin with
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_singular_atoms_span_the_leading_directions_of_the_images(group_size):
+    model = make("gsae", num_atoms=8, group_size=group_size, initial="singular")
+    x = images(50, 1, 6, 6)
+    assert model.starts_from_images
+    model.initialize(x)
+    leading = torch.linalg.svd(x.flatten(1), full_matrices=False).Vh[:group_size]
+    for group in model.coder.dictionary.weight.detach().split(group_size):
+        torch.testing.assert_close(group.mT @ group, leading.mT @ leading)
+
+
+def test_atoms_may_begin_as_images():
+    model = make("sae", initial="samples")
+    x = images(50, 1, 6, 6)
+    model.initialize(x)
+    cosines = model.coder.dictionary.weight @ F.normalize(x.flatten(1), dim=1).mT
+    torch.testing.assert_close(cosines.amax(1), torch.ones(32, dtype=torch.float64))
+    assert len(cosines.argmax(1).unique()) == 32
+
+
+def test_random_atoms_stay_and_an_unknown_start_names_the_nearest():
+    model = make("gsae")
+    before = model.coder.dictionary.weight.clone()
+    model.initialize(images(50, 1, 6, 6))
+    assert not model.starts_from_images and torch.equal(model.coder.dictionary.weight, before)
+    with pytest.raises(ValueError, match="initial.*'singulr'.*singular"):
+        make("gsae", initial="singulr")

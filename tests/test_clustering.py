@@ -13,7 +13,6 @@ from dsc.reproduce.clustering import (
     kmeans,
     shares,
     spectral,
-    strongest_group,
     strongest_group_row,
 )
 
@@ -33,13 +32,6 @@ def accuracy(clusters, labels):
 def test_codes_plus_are_shares_of_absolute_values():
     z = torch.tensor([[1.0, -3.0, 0.0], [0.0, 0.0, 0.0]])
     assert torch.equal(shares(z), torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 0.0]]))
-
-
-def test_the_strongest_group_is_that_of_largest_norm():
-    z = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
-    norms = np.linalg.norm(z.numpy().reshape(50, 4, 3), axis=2)
-    assert strongest_group(z, 3).tolist() == norms.argmax(1).tolist()
-    assert strongest_group(torch.zeros(1, 12), 3).tolist() == [0]
 
 
 def test_scores_are_those_of_scipy_and_sklearn(digits):

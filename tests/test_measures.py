@@ -115,3 +115,11 @@ def test_mean_log_and_relative_residual_by_hand():
     x = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     assert measures.relative_residual(x, torch.tensor([[2.0, 0.0], [0.0, 6.0]])).item() == pytest.approx(5 / 25)
     assert measures.relative_residual(0 * x, 0 * x).item() == 0
+
+
+@pytest.mark.parametrize("shape,dim", [((50, 12), 1), ((50, 12), -1), ((20, 12, 3, 2), 1), ((20, 5, 12), -1)])
+def test_the_strongest_group_is_that_of_largest_norm_over_all_positions(shape, dim):
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    norms = np.linalg.norm(np.moveaxis(z.numpy(), dim, 1).reshape(len(z), 4, -1), axis=2)
+    assert measures.strongest_group(z, 3, dim).tolist() == norms.argmax(1).tolist()
+    assert measures.strongest_group(torch.zeros(2, 12), 3).tolist() == [0, 0]

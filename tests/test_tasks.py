@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
+from scipy.optimize import linear_sum_assignment
 from timm.optim import Muon
 from torch import nn
 
@@ -62,6 +63,28 @@ def test_augmented_accuracy_stands_beside_the_plain_one(digits):
     for name, logits in {"accuracy": plain, "accuracy_tta": mean}.items():
         expected = (logits.argmax(1) == y).float().mean().item()
         assert trainer.callback_metrics[f"test/{name}"].item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("model,args", [("gsae", {"num_atoms": 60}), ("gsae_conv", {"num_atoms": (48,)})])
+def test_the_strongest_group_of_an_autoencoder_stands_against_the_class(digits, model, args):
+    torch.manual_seed(0)
+    task = Reconstructor(model=model, model_args=args | {"group_size": 4, "threshold": 0.01}, data=digits)
+    trainer = Trainer(**QUIET)
+    trainer.test(task, digits, verbose=False)
+    x, y, _ = digits._parts["test"].tensors
+    with torch.no_grad():
+        z = task.model.eval().encode(digits._as_input(x))
+    strongest = z.unflatten(1, (-1, 4)).square().flatten(2).sum(2).argmax(1)
+    counts = np.zeros((15, 15))
+    np.add.at(counts, (strongest, y), 1)
+    expected = counts[linear_sum_assignment(-counts)].sum() / len(y)
+    assert trainer.callback_metrics["test/strongest_group_accuracy"].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_autoencoder_without_groups_has_no_strongest_one(digits):
+    trainer = Trainer(**QUIET)
+    trainer.test(Reconstructor(model="sae", model_args={"num_atoms": 20}, data=digits), digits, verbose=False)
+    assert "test/mse" in trainer.callback_metrics and "test/strongest_group_accuracy" not in trainer.callback_metrics
 
 
 def test_sparsity_is_that_of_the_plain_images(digits):
@@ -185,6 +208,15 @@ def test_models_start_from_the_training_images(digits):
     trainer.fit(task, digits)
     weight = task.model.whiten.dictionary.weight
     assert torch.equal(weight, whitening_atoms(digits.sample(5000), 2))
+
+
+def test_autoencoders_start_from_the_training_images_if_told_to(digits):
+    args = {"num_atoms": 20, "group_size": 10, "initial": "singular", "threshold": 1e6}  # with which nothing is learned
+    task = Reconstructor(model="gsae", model_args=args, data=digits)
+    Trainer(max_steps=1, limit_val_batches=0, **QUIET).fit(task, digits)
+    leading = torch.linalg.svd(digits.sample(5000).flatten(1), full_matrices=False).Vh[:10]
+    for group in task.model.coder.dictionary.weight.detach().split(10):
+        torch.testing.assert_close(group.mT @ group, leading.mT @ leading, atol=1e-4, rtol=0)
 
 
 def test_models_of_fixed_size_learn_the_images_size(digits):

@@ -2,18 +2,22 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from timm.models import register_model
 from torch import Tensor, nn
 
+from dsc._names import unknown
 from dsc.activations import Activation, is_grouped
 from dsc.dictionaries import ConvDictionary, DenseDictionary, Dictionary
+from dsc.init import data_samples, singular_groups
 from dsc.layers import DeepSparseCoding, SparseCoding, StepSize
 from dsc.models._build import Act, build, check_size, least_side
 from dsc.models._build import default_cfgs as make_default_cfgs
 from dsc.solvers import create_solver
+
+Initial = Literal["random", "singular", "samples"]
 
 
 class SparseAutoencoder(nn.Module):
@@ -31,9 +35,12 @@ class SparseAutoencoder(nn.Module):
         joint: solve all layers together, or one after the other.
         activation, group_size, groups, threshold, learn_threshold: see `dsc.create_activation`.
         pre_bias: learn a bias b that is subtracted from images and added to reconstructions, zero at first.
+        initial: the first layer's atoms before training: "random", or from images, by `initialize`: their leading
+            "singular" vectors, turned for each group (`dsc.init.singular_groups`), or "samples" of them. Where λ is
+            above what random atoms correlate with images, no gradient reaches those.
 
     Raises:
-        ValueError: a number of classes: an autoencoder has none.
+        ValueError: a number of classes: an autoencoder has none; an unknown `initial`.
     """
 
     def __init__(
@@ -51,10 +58,14 @@ class SparseAutoencoder(nn.Module):
         threshold: float | None = None,
         learn_threshold: bool | None = None,
         pre_bias: bool = False,
+        initial: Initial = "random",
         num_classes: int = 0,
     ) -> None:
         super().__init__()
         check_no_classes(num_classes)
+        if initial not in get_args(Initial):
+            raise ValueError(unknown("initial", initial, get_args(Initial)))
+        self.initial = initial
         self.num_classes = 0
         self.img_size = _pair(img_size)
         self.in_chans = in_chans
@@ -64,6 +75,22 @@ class SparseAutoencoder(nn.Module):
         self.coder = make_coder(dictionaries, act, -1, steps, solver, joint, step)
         self.pre_bias = nn.Parameter(torch.zeros(widths[0])) if pre_bias else None
         self.num_features = widths[-1]
+
+    @property
+    def starts_from_images(self) -> bool:
+        """Whether `initialize` is to be called before training."""
+        return self.initial != "random"
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Set the first layer's atoms from images (N, in_chans, height, width), as `initial` says."""
+        layer, signals = layers_of(self.coder)[0], images.flatten(1)
+        atoms = layer.dictionary.num_atoms
+        if self.initial == "singular":
+            size = layer.prox.group_size_of(atoms)
+            layer.dictionary.weight.copy_(singular_groups(signals, atoms // size, size))
+        elif self.initial == "samples":
+            layer.dictionary.weight.copy_(data_samples(signals, atoms))
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of images, (batch, num_features). Raises ValueError for images of another size."""

@@ -112,6 +112,8 @@ class DSCSpeed(MapClassifier):
         ]
         self.add_head(channels[-1], num_classes, global_pool, drop_rate)
 
+    starts_from_images = True
+
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
         """Set the first dictionary to whiten these images (N, C, H, W), normalised as the network sees them."""

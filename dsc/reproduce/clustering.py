@@ -9,8 +9,8 @@ from sklearn.cluster import KMeans, spectral_clustering
 from sklearn.neighbors import kneighbors_graph
 from torch import Tensor
 
+from dsc.measures import strongest_group
 from dsc.metrics import clustering_scores
-from dsc.shrinkage import grouped
 
 RESTARTS = 10  # of k-means, of which the one of least inertia counts
 KMEANS, SPECTRAL, STRONGEST = "k-means", "spectral", "strongest group"
@@ -21,11 +21,6 @@ def shares(z: Tensor) -> Tensor:
     size = z.abs()
     total = size.sum(1, keepdim=True)
     return size / total.masked_fill(total == 0, 1)
-
-
-def strongest_group(z: Tensor, group_size: int) -> Tensor:
-    """Group of largest norm of each row of (N, atoms), int64 (N,); a zero code belongs to the first."""
-    return grouped(z, group_size).norm(dim=2).argmax(1)
 
 
 def kmeans(x: Tensor, num_clusters: int, seed: int = 0) -> Tensor:

@@ -25,12 +25,12 @@ from dsc.dictionaries import DenseDictionary
 from dsc.encode import sparse_encode
 from dsc.init import data_samples, singular, singular_groups
 from dsc.layers import SparseCoding, StepSize
-from dsc.measures import active_fraction, group_support
+from dsc.measures import active_fraction, group_support, strongest_group
 from dsc.metrics import clustering_scores
 from dsc.models.autoencoder import SparseAutoencoder, layers_of
 from dsc.reproduce import gsae_mnist_figures as pictures
 from dsc.reproduce.baselines import Learned, alternating_minimisation, online_learning
-from dsc.reproduce.clustering import clustering_rows, kmeans, shares, strongest_group, strongest_group_row
+from dsc.reproduce.clustering import clustering_rows, kmeans, shares, strongest_group_row
 from dsc.reproduce.results import Results, check_same
 from dsc.reproduce.training import quiet_trainer
 from dsc.tasks import Reconstructor

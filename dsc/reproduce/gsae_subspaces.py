@@ -30,12 +30,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from dsc.data import IndexBatches
 from dsc.dictionaries import DenseDictionary
 from dsc.layers import SparseCoding
+from dsc.measures import strongest_group
 from dsc.metrics import clustering_scores
 from dsc.models.autoencoder import SparseAutoencoder
 from dsc.recovery import match_groups, orthonormal_groups
 from dsc.report import table
 from dsc.reproduce.baselines import Learned, alternating_minimisation, online_learning
-from dsc.reproduce.clustering import kmeans, shares, spectral, strongest_group
+from dsc.reproduce.clustering import kmeans, shares, spectral
 from dsc.reproduce.results import PALETTE, Results, spread, stream
 from dsc.reproduce.training import quiet_trainer
 from dsc.synthetic import GroupSparse
