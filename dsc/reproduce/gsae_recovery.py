@@ -23,7 +23,7 @@ from dsc.recovery import dictionary_distance, match_groups
 from dsc.reproduce import baselines
 from dsc.reproduce.gsae_recovery_figures import draw, draw_beyond, markdown
 from dsc.reproduce.results import Results, stream
-from dsc.reproduce.shallow import Course, FreshSignals, ShallowAutoencoder, Training, bare_products, fit, step_seconds
+from dsc.reproduce.shallow import Course, FreshSignals, ShallowAutoencoder, Training, fit
 from dsc.reproduce.shallow import group_energies as energies
 from dsc.synthetic import GroupSample, GroupSparse, gaussian_dictionary
 
@@ -162,7 +162,6 @@ def recover(instance: Instance) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     begin = time.perf_counter()
     courses = fit(training, signals, instance.blocks, s.epochs)
     seconds = time.perf_counter() - begin
-    cost = costs(instance, networks, seconds / s.epochs, signals.seconds / s.epochs)
     rows = [
         {
             "model": name,
@@ -172,7 +171,6 @@ def recover(instance: Instance) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             "support_at_start": before[name],
             "support": supports(network, instance.held_out),
             "seconds": round(seconds, 1),
-            "cost": cost,
         }
         for name, network in networks.items()
     ]
@@ -217,31 +215,6 @@ def support_figures(found: Tensor, sample: GroupSample, group_size: int) -> dict
     metrics = support_metrics(found.shape[1])
     metrics.update(found, group_support(sample.codes, group_size))
     return {name: round(float(value), 5) for name, value in metrics.compute().items()}
-
-
-def costs(
-    instance: Instance, networks: dict[str, ShallowAutoencoder], epoch: float, drawing: float
-) -> dict[str, float]:
-    """Seconds of both networks an epoch: all in all, of drawing signals, of gradients, of matrix products; the ratios.
-
-    The mean epoch carries whatever else the machine did; gradients and products are the best of some repetitions.
-    """
-    signals = instance.problem.sample(instance.settings.block, instance.stream(3)).signals
-    gradients = instance.blocks * sum(step_seconds(network, signals) for network in networks.values())
-    timed = [bare_products(network, signals) for network in networks.values()]
-    dense, products = (instance.blocks * sum(times) for times in zip(*timed, strict=True))
-    found = {
-        "epoch": epoch,
-        "drawing": drawing,
-        "gradients": gradients,
-        "products": products,
-        "dense_products": dense,
-        "epoch_to_products": (epoch - drawing) / products,
-        "gradients_to_products": gradients / products,
-        "gradients_to_dense_products": gradients / dense,
-        "gradients_to_dense_network": gradients / (5 * dense),  # as many products, all of them dense
-    }
-    return {name: round(value, 4) for name, value in found.items()}
 
 
 def findings(instance: Instance, atoms: Tensor, distances: list[float]) -> dict[str, Any]:

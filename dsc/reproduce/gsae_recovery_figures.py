@@ -35,7 +35,6 @@ def markdown(figures: Row) -> str:
         _sweep(figures["sweep"], figures["settings"]["sweep_epochs"]),
         _blind(figures["blind"]),
         _fixed(figures["fixed"]),
-        _cost(figures["recovery"]),
     ]
     s = figures["settings"]
     size = f"{s['num_groups']} groups of {s['group_size']} in {s['num_features']} dimensions, {s['active_groups']} used"
@@ -187,23 +186,6 @@ def _fixed(rows: list[Row]) -> str:
     header = [f"one set of signals, {_level(rows[0]['snr_db'])}", "‖A − A*‖²", "mean squared cosine", "recall",
               "precision", "exact", "turns", "seconds"]  # fmt: skip
     return table(header, lines)
-
-
-def _cost(rows: list[Row]) -> str:
-    own = [row["cost"] for row in rows if row["model"] == rows[0]["model"]]
-    names = {
-        "an epoch of both networks, seconds": ("epoch", 3),
-        "— drawing its signals": ("drawing", 3),
-        "— losses and gradients, best": ("gradients", 3),
-        "— their matrix products alone, best": ("products", 3),
-        "— of these the dense ones, best": ("dense_products", 3),
-        "epoch without drawing / products": ("epoch_to_products", 2),
-        "gradients / products": ("gradients_to_products", 2),
-        "gradients / dense products": ("gradients_to_dense_products", 2),
-        "gradients / the five dense products of a dense network": ("gradients_to_dense_network", 2),
-    }
-    lines = [[name, spread([cost[key] for cost in own], digits)] for name, (key, digits) in names.items()]
-    return table(["cost", "mean"], lines)
 
 
 def draw(figures: Row) -> Figure:
