@@ -103,6 +103,8 @@ class Task(LightningModule):
         super().__init__()
         if data is None:
             raise ValueError("data is needed: a data module, or anything with num_classes, in_chans and image_size")
+        if not bias_lr > 0:
+            raise ValueError(f"bias_lr multiplies the optimizer's rate and must be above 0, got {bias_lr!r}")
         act = dict(activation=activation, group_size=group_size, groups=groups, threshold=threshold)
         act |= dict(learn_threshold=learn_threshold)
         given = {k: v for k, v in act.items() if v is not None}
@@ -329,7 +331,8 @@ class Reconstructor(Task):
         super().__init__(data=data, **kwargs)
         self.normalize_atoms = normalize_atoms
         self.quality = _metrics(lambda: {"mse": MeanSquaredError()})
-        units, prox = self.model.num_features, list(self.observer.layers.values())[-1].prox
+        units: int = self.model.num_features  # type: ignore[assignment]
+        prox = list(self.observer.layers.values())[-1].prox
         self.group_size, self.dim = prox.group_size_of(units), prox.dim
         if prox.is_grouped:
             count = max(units // self.group_size, data.num_classes)

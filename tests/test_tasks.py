@@ -126,6 +126,12 @@ def test_what_has_one_dimension_learns_at_its_own_rate(digits):
             assert group["lr"] == pytest.approx(0.8 if parameter.ndim <= 1 else 0.1)
 
 
+@pytest.mark.parametrize("wrong", [0.0, -8.0, float("nan")])
+def test_a_rate_for_biases_is_positive(digits, wrong):
+    with pytest.raises(ValueError, match=f"bias_lr.*above 0, got {wrong}"):
+        classifier(digits, bias_lr=wrong)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_matrices_keep_their_norms_and_still_turn(digits, keep):
     task = classifier(digits, keep_norms=keep, model="dsc_speed", model_args={"channels": (4, 8)})
