@@ -137,6 +137,23 @@ def test_activation_backbone_and_precision_change_from_the_command_line(args, tm
     assert bool(summary["convergence"]) == solving
 
 
+@pytest.mark.parametrize(
+    "precision,processor,hinted",
+    [
+        ("bf16-mixed", {"avx512_bf16": False, "amx_bf16": False}, True),
+        ("bf16-mixed", {"avx512_bf16": True}, False),
+        ("bf16-mixed", {"bf16": True}, False),
+        ("bf16-mixed", {}, False),  # nothing is known of it
+        ("32-true", {"avx512_bf16": False}, False),
+    ],
+)
+def test_emulated_bfloat16_gets_a_hint(precision, processor, hinted, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    once = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu", "--trainer.precision", precision]
+    COMMANDS["train"](["--config", str(ROOT / "configs/digits.yaml"), *once])
+    assert ("--trainer.precision 32-true" in capsys.readouterr().err) == hinted
+
+
 def test_a_regularizer_makes_codes_sparser(tmp_path):
     penalty = ["--model.regularizers+=dsc.regularizers.L1", "--model.regularizers.weight=1.0"]
     runs = [train(tmp_path / name, "--trainer.max_epochs", "6", *extra) for name, extra in (("a", []), ("b", penalty))]
