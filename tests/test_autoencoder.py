@@ -209,15 +209,23 @@ def test_feature_maps_are_the_codes_of_the_layers():
 # Atoms to begin with
 
 
-@pytest.mark.parametrize("group_size", [1, 4])
-def test_singular_atoms_span_the_leading_directions_of_the_images(group_size):
-    model = make("gsae", num_atoms=8, group_size=group_size, initial="singular")
+def test_singular_groups_span_the_leading_directions_of_the_images():
+    model = make("gsae", num_atoms=8, group_size=4, initial="singular")
     x = images(50, 1, 6, 6)
     assert model.starts_from_images
     model.initialize(x)
-    leading = torch.linalg.svd(x.flatten(1), full_matrices=False).Vh[:group_size]
-    for group in model.coder.dictionary.weight.detach().split(group_size):
+    leading = torch.linalg.svd(x.flatten(1), full_matrices=False).Vh[:4]
+    for group in model.coder.dictionary.weight.detach().split(4):
         torch.testing.assert_close(group.mT @ group, leading.mT @ leading)
+
+
+def test_singular_atoms_without_groups_are_the_leading_directions_themselves():
+    model = make("sae", num_atoms=8, initial="singular")
+    x = images(50, 1, 6, 6)
+    model.initialize(x)
+    leading = torch.linalg.svd(x.flatten(1), full_matrices=False).Vh[:8]
+    cosines = model.coder.dictionary.weight.detach() @ leading.mT
+    torch.testing.assert_close(cosines.abs(), torch.eye(8, dtype=torch.float64))
 
 
 def test_atoms_may_begin_as_images():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsc._names import unknown
 from dsc.activations import Activation, is_grouped
 from dsc.dictionaries import ConvDictionary, DenseDictionary, Dictionary
-from dsc.init import data_samples, singular_groups
+from dsc.init import data_samples, singular, singular_groups
 from dsc.layers import DeepSparseCoding, SparseCoding, StepSize
 from dsc.models._build import Act, build, check_size, least_side
 from dsc.models._build import default_cfgs as make_default_cfgs
@@ -35,9 +35,9 @@ class SparseAutoencoder(nn.Module):
         joint: solve all layers together, or one after the other.
         activation, group_size, groups, threshold, learn_threshold: see `dsc.create_activation`.
         pre_bias: learn a bias b that is subtracted from images and added to reconstructions, zero at first.
-        initial: the first layer's atoms before training: "random", or from images, by `initialize`: their leading
-            "singular" vectors, turned for each group (`dsc.init.singular_groups`), or "samples" of them. Where λ is
-            above what random atoms correlate with images, no gradient reaches those.
+        initial: the first layer's atoms before training: "random", or from images, by `initialize`: "samples" of them,
+            or their leading "singular" vectors, of which each group has the same, turned (`dsc.init.singular_groups`).
+            Where λ is above what random atoms correlate with images, no gradient reaches those.
 
     Raises:
         ValueError: a number of classes: an autoencoder has none; an unknown `initial`.
@@ -88,7 +88,8 @@ class SparseAutoencoder(nn.Module):
         atoms = layer.dictionary.num_atoms
         if self.initial == "singular":
             size = layer.prox.group_size_of(atoms)
-            layer.dictionary.weight.copy_(singular_groups(signals, atoms // size, size))
+            leading = singular(signals, atoms) if size == 1 else singular_groups(signals, atoms // size, size)
+            layer.dictionary.weight.copy_(leading)
         elif self.initial == "samples":
             layer.dictionary.weight.copy_(data_samples(signals, atoms))
 
