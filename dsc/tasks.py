@@ -68,8 +68,8 @@ class Task(LightningModule):
         group_size, groups, threshold, learn_threshold: the activation's arguments.
         model_args: further arguments of the model, as `steps` or `channels`.
         regularizers: penalties on the codes of the model's sparse layers (`dsc.regularizers`).
-        optimizer: one of torch's or timm's; weight decay reaches only parameters of two or more dimensions, and
-            timm's Muon leaves the classifier to its fallback.
+        optimizer: one of torch's or timm's, None for AdamW; weight decay reaches only parameters of two or more
+            dimensions, and timm's Muon leaves the classifier to its fallback.
         lr_scheduler: called with the optimizer and the run's number of steps, stepped after each; None for none.
         bias_lr: rate of biases, normalisations and thresholds, all of one dimension, as a multiple of the optimizer's.
             Many times the rate of the matrices saves a fast training epochs (as in airbench, Jordan 2024).
@@ -93,7 +93,7 @@ class Task(LightningModule):
         learn_threshold: bool | None = None,
         model_args: dict[str, Any] | None = None,
         regularizers: Sequence[Regularizer] = (),
-        optimizer: Callable[[Iterable[Any]], Optimizer] = AdamW,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         lr_scheduler: Schedule | None = OneCycle,
         bias_lr: float = 1.0,
         keep_norms: bool = False,
@@ -113,7 +113,8 @@ class Task(LightningModule):
         self.model_args = given | size | (model_args or {}) | self.shape_args(data)
         self.model = create_model(model, **self.model_args)
         self.regularizers = nn.ModuleList(regularizers)  # their state is the run's: a target's weight moves
-        self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
+        # As a default in the signature, AdamW would hand its weight decay on to whatever a configuration puts there.
+        self.make_optimizer, self.make_schedule = optimizer or AdamW, lr_scheduler
         self.bias_lr, self.keep_norms = bias_lr, keep_norms
         self.norms: dict[str, float] = {}
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format

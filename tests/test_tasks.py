@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
@@ -124,6 +125,17 @@ def test_what_has_one_dimension_learns_at_its_own_rate(digits):
     for group in task.configure_optimizers().param_groups:
         for parameter in group["params"]:
             assert group["lr"] == pytest.approx(0.8 if parameter.ndim <= 1 else 0.1)
+
+
+def test_an_optimizer_has_its_own_defaults_and_none_is_adamw(digits, tmp_path):
+    path = tmp_path / "sgd.yaml"
+    model = {"class_path": "dsc.tasks.Classifier", "init_args": {"optimizer": {"class_path": "torch.optim.SGD"}}}
+    data = {"class_path": "dsc.data.ImageData", "init_args": {"dataset": "digits"}}
+    path.write_text(yaml.safe_dump({"model": model, "data": data}))
+    sgd = cli_of(["--config", str(path), "--trainer.fast_dev_run", "true"]).model.make_optimizer
+    weight = nn.Parameter(torch.zeros(2, 2))
+    assert sgd([weight]).defaults == torch.optim.SGD([weight]).defaults
+    assert isinstance(classifier(digits, lr_scheduler=None).configure_optimizers(), torch.optim.AdamW)
 
 
 @pytest.mark.parametrize("wrong", [0.0, -8.0, float("nan")])
