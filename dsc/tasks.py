@@ -335,8 +335,9 @@ class Reconstructor(Task):
         units: int = self.model.num_features  # type: ignore[assignment]
         prox = list(self.observer.layers.values())[-1].prox
         self.group_size, self.dim = prox.group_size_of(units), prox.dim
-        if prox.is_grouped:
-            count = max(units // self.group_size, data.num_classes)
+        classes = getattr(data, "num_classes", 0)  # signals need have none
+        if prox.is_grouped and classes:
+            count = max(units // self.group_size, classes)
             self.quality["test"]["strongest_group_accuracy"] = ClusterAccuracy(count)  # type: ignore[operator]
 
     def shape_args(self, data: Any) -> dict[str, Any]:
