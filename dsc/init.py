@@ -7,12 +7,14 @@ the dictionary's own, ``DenseDictionary(features, atoms)``.
 
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from scipy.optimize import brentq
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+Start = Literal["singular", "samples"]
 PARTNERS = 4  # signals that one is paired with, to find a subspace they share
 
 
@@ -69,6 +71,20 @@ def singular_groups(signals: Tensor, num_groups: int, group_size: int, generator
     turns = [nn.init.orthogonal_(leading.new_empty(group_size, group_size), generator=generator)
              for _ in range(num_groups)]  # fmt: skip
     return torch.cat([turn @ leading for turn in turns])
+
+
+def from_signals(
+    signals: Tensor, num_atoms: int, group_size: int, start: Start, generator: Generator | None = None
+) -> Tensor:
+    """Atoms from signals (signals, features): `data_samples`, or `singular` (in groups of several `singular_groups`).
+
+    Raises what these do.
+    """
+    if start == "samples":
+        return data_samples(signals, num_atoms, generator)
+    if group_size == 1:
+        return singular(signals, num_atoms)
+    return singular_groups(signals, num_atoms // group_size, group_size, generator)
 
 
 def shared_subspaces(signals: Tensor, num_groups: int, group_size: int, threshold: float) -> Tensor:

@@ -19,11 +19,10 @@ from dsc.figures import Logged
 from dsc.gallery import DEPTHS, gallery, image_layer
 from dsc.metrics import Curves, convergence_curves, curve_figures
 from dsc.observe import sparse_layers
-from dsc.page import Source, page
+from dsc.page import QUALITIES, Source, page
 from dsc.tasks import Classifier, Reconstructor, Task
 
 COLUMNS = ("active_fraction", "active_group_fraction", "hoyer", "dead_fraction")
-HEAD = ("accuracy", "accuracy_tta", "mse", "strongest_group_accuracy", "loss")
 PROBE_IMAGES = 32
 PAGE, DETAILS = "report.html", "details.json"
 
@@ -125,7 +124,7 @@ def activation_name(model: nn.Module) -> str:
 def text(summary: Mapping[str, Any]) -> str:
     """The figures of a run as aligned Markdown tables."""
     test = summary["test"]
-    head = [f"{name}: {test[name]:.4f}" for name in HEAD if name in test]
+    head = [f"{name}: {test[name]:.4f}" for name in QUALITIES if name in test]
     layers = sorted({key.split("/", 2)[2] for key in test if key.startswith("sparsity/")} - {"total"})
     sparsity = [[layer, *(_number(test.get(f"sparsity/{column}/{layer}")) for column in COLUMNS)] for layer in layers]
     convergence = [

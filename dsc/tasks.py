@@ -146,6 +146,10 @@ class Task(LightningModule):
             self.log(f"{stage}/penalty", torch.stack(penalties).sum(), on_step=False, on_epoch=True)
         return loss + sum(penalties) if stage == "train" else loss
 
+    def _quality(self, stage: str) -> Any:
+        """Metrics of that stage by name; none in training."""
+        return dict(self.quality.items()).get(stage, {})
+
     def _progress(self) -> float:
         return self.global_step / self.trainer.estimated_stepping_batches
 
@@ -297,7 +301,7 @@ class Classifier(Task):
 
     def loss(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         x, y = batch
-        figures: Any = dict(self.quality.items()).get(stage, {})
+        figures = self._quality(stage)
         if "accuracy_tta" in figures:
             figures["accuracy_tta"].update(torch.stack([self(view) for view in views(x)]).mean(0), y)
         logits = self(x)  # last: the sparsity figures are those of the plain images
@@ -346,7 +350,7 @@ class Reconstructor(Task):
     def loss(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         x, y = batch
         reconstruction = self(x)
-        figures: Any = dict(self.quality.items()).get(stage, {})
+        figures = self._quality(stage)
         if "mse" in figures:
             figures["mse"].update(reconstruction.contiguous(), x.contiguous())
         if "strongest_group_accuracy" in figures:

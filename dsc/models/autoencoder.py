@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from dsc._names import unknown
 from dsc.activations import Activation, is_grouped
 from dsc.dictionaries import ConvDictionary, DenseDictionary, Dictionary
-from dsc.init import data_samples, singular, singular_groups
+from dsc.init import Start, from_signals
 from dsc.layers import DeepSparseCoding, SparseCoding, StepSize
 from dsc.models._build import Act, build, check_size, least_side
 from dsc.models._build import default_cfgs as make_default_cfgs
 from dsc.solvers import create_solver
 
-Initial = Literal["random", "singular", "samples"]
+Initial = Literal["random", Start]
 
 
 class SparseAutoencoder(nn.Module):
@@ -84,14 +84,12 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
         """Set the first layer's atoms from images (N, in_chans, height, width), as `initial` says."""
-        layer, signals = layers_of(self.coder)[0], images.flatten(1)
+        if self.initial == "random":
+            return
+        layer = layers_of(self.coder)[0]
         atoms = layer.dictionary.num_atoms
-        if self.initial == "singular":
-            size = layer.prox.group_size_of(atoms)
-            leading = singular(signals, atoms) if size == 1 else singular_groups(signals, atoms // size, size)
-            layer.dictionary.weight.copy_(leading)
-        elif self.initial == "samples":
-            layer.dictionary.weight.copy_(data_samples(signals, atoms))
+        size = layer.prox.group_size_of(atoms)
+        layer.dictionary.weight.copy_(from_signals(images.flatten(1), atoms, size, self.initial))
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of images, (batch, num_features). Raises ValueError for images of another size."""

@@ -1,7 +1,7 @@
 """`dsc_speed`: a small convolutional network made for time to accuracy on small images."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.models import register_model
@@ -79,6 +79,8 @@ class DSCSpeed(MapClassifier):
         learn_threshold: learn λ of each channel or group; None for in layers of several steps.
     """
 
+    starts_from_images: ClassVar = True
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -111,8 +113,6 @@ class DSCSpeed(MapClassifier):
             dict(num_chs=c, reduction=2 ** (i + 1), module=f"stages.{i}.coder.code") for i, c in enumerate(channels)
         ]
         self.add_head(channels[-1], num_classes, global_pool, drop_rate)
-
-    starts_from_images = True
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dsc.data import ImageData, IndexBatches
 from dsc.dictionaries import DenseDictionary
 from dsc.encode import sparse_encode
-from dsc.init import data_samples, singular, singular_groups
+from dsc.init import Start, data_samples, from_signals
 from dsc.layers import SparseCoding, StepSize
 from dsc.measures import active_fraction, group_support, strongest_group
 from dsc.metrics import clustering_scores
@@ -36,7 +36,6 @@ from dsc.reproduce.training import quiet_trainer
 from dsc.tasks import Reconstructor
 
 Progress = Callable[[str], None]
-Initial = Literal["singular", "samples"]
 KINDS = ("sparse", "group")
 
 
@@ -53,7 +52,7 @@ class Settings:
     step: StepSize = 0.04
     group_penalty: float = 5.0  # λ, of which λ·step = 0.2 is the threshold of a step
     sparse_penalty: float = 0.75  # λ·step = 0.03
-    initial: Initial = "singular"
+    initial: Start = "singular"
     epochs: int = 300
     batch_size: int = 256
     rate: float = 1e-3
@@ -88,7 +87,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--initial",
-        choices=get_args(Initial),
+        choices=get_args(Start),
         default=Settings.initial,
         help="first atoms: leading singular vectors, rotated for each group, or images, whose atoms are so alike that "
         "the steps must be 1/L instead of 0.04 (default: %(default)s)",
@@ -196,12 +195,8 @@ def autoencoder(kind: str, settings: Settings, images: Images, seed: int) -> Rec
 
 def first_atoms(kind: str, settings: Settings, signals: Tensor, seed: int) -> Tensor:
     """Atoms to begin with, (atoms, pixels)."""
-    generator = torch.Generator().manual_seed(seed)
-    if settings.initial == "samples":
-        return data_samples(signals, settings.num_atoms, generator)
-    if kind == "sparse":
-        return singular(signals, settings.num_atoms)
-    return singular_groups(signals, settings.num_groups, settings.group_size, generator)
+    size = settings.group_size if kind == "group" else 1
+    return from_signals(signals, settings.num_atoms, size, settings.initial, torch.Generator().manual_seed(seed))
 
 
 def layer_of(task: Reconstructor) -> SparseCoding:
