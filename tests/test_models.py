@@ -12,7 +12,7 @@ from torch import nn
 from dsc import hub, models
 from dsc.activations import list_activations
 from dsc.layers import SparseCoding
-from dsc.observe import sparse_layers
+from dsc.observe import Observer, sparse_layers
 from dsc.prox import Prox
 
 MODELS = models.list_models()
@@ -311,6 +311,29 @@ def test_unrolled_layers_start_at_a_relative_threshold(activation, members, frac
         assert value.item() == pytest.approx(fraction * typical, rel=0.1)
     assert layer.prox.raw_threshold.shape == (32 // members,)
     assert 0.8 < float(layer.dictionary.curvature()) < 1.1
+
+
+@pytest.mark.parametrize("activation, size", [("soft", None), ("group_relu", 1), ("group_relu", 4), ("group_relu", 16)])
+def test_half_of_a_plain_signed_prox_starts_at_zero_as_of_a_relu(activation, size):
+    prox = models._build.Act(activation, group_size=size).make_alone(1, 32)
+    torch.manual_seed(0)
+    on = prox(torch.randn(20000, 32)).unflatten(1, (-1, size or 1)).any(2)
+    assert on.float().mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_plain_network_of_signed_codes_starts_neither_linear_nor_dead():
+    model = make("dsc_speed", activation="group_relu", group_size=8, channels=(16, 32, 32), steps=1)
+    model.initialize(images(500, 3, 32, 32))
+    observer = Observer(model)
+    model(images(32, 3, 32, 32))  # in training mode: normalised by the batch
+    active = {name: (code != 0).float().mean() for name, (code,) in observer.features.items() if name != "whiten"}
+    assert active and all(0.05 < share < 0.7 for share in active.values())  # tails are heavier than normal here
+
+
+@pytest.mark.parametrize("given", [{"threshold": 0.2}, {"activation": "relu"}, {"activation": "group_relu_nonneg"}])
+def test_a_plain_prox_keeps_a_given_threshold_and_a_rectifier_its_own(given):
+    act = models._build.Act(given.get("activation", "group_relu"), threshold=given.get("threshold"))
+    assert act.make_alone(1, 32).threshold == act.make(1).threshold
 
 
 def test_feature_maps_are_the_codes():

@@ -42,7 +42,8 @@ def create_model(
     Args:
         pretrained: load a published checkpoint (its hash is verified), or timm's own weights for its backbones.
         activation: see `dsc.list_activations()`; None keeps the model's own.
-        group_size, groups, threshold, learn_threshold: the activation's arguments.
+        group_size, groups, threshold, learn_threshold: the activation's arguments. In a backbone of timm's a signed
+            prox (`soft`, `group_relu`) needs a `threshold` of its input's size: it is nearly linear by its own.
         **kwargs: the model's own, as `num_classes` and `in_chans`, and those of a single activation, as `k` of top_k.
 
     Raises:

@@ -1,7 +1,7 @@
 """What every family shares: its activation's arguments, its default configurations, and its way through timm."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -45,6 +45,18 @@ class Act:
             learn=self.learn_threshold or None,
         )
 
+    def make_alone(self, dim: int, channels: int) -> Prox:
+        """The module for the one step of a plain layer, on entries of about unit size.
+
+        A signed prox has no other non-linearity than its shrinkage: unless λ is given, half of its entries (or groups)
+        are zero at first, as half of a ReLU's are.
+        """
+        prox = self.make(dim)
+        if self.threshold is not None or isinstance(self.name, Prox) or prox.nonneg or not prox.has_threshold:
+            return prox
+        size = median_size(prox.group_size_of(channels))
+        return replace(self, threshold=prox.zeroing_threshold(size, channels)).make(dim)
+
     def make_relative(self, dim: int, channels: int, size: float) -> Prox:
         """The module for codes whose entries are about `size`: λ zeroes entries (or groups) of that fraction of it.
 
@@ -62,6 +74,11 @@ class Act:
         return create_activation(self.name, dim, threshold=values, learn=True, **shape)
 
 
+def median_size(entries: int) -> float:
+    """Median root mean square of that many standard normal numbers (Wilson and Hilferty's cube root, 1931)."""
+    return (1 - 2 / (9 * entries)) ** 1.5
+
+
 def sparse_layer(dictionary: Dictionary, act: Act, dim: int, solver: ISTA, size: float = 1.0) -> SparseCoding:
     """A network's layer: one step of size 1 with a bias, the plain layer; or several that 1/L keeps convergent.
 
@@ -70,7 +87,7 @@ def sparse_layer(dictionary: Dictionary, act: Act, dim: int, solver: ISTA, size:
     Raises ValueError for a λ that leaves nothing of it.
     """
     if solver.steps == 1:
-        return SparseCoding(dictionary, act.make(dim), solver, step=1.0, bias=True)
+        return SparseCoding(dictionary, act.make_alone(dim, dictionary.num_atoms), solver, step=1.0, bias=True)
     with torch.no_grad():
         gain = float(dictionary.curvature().rsqrt())
         dictionary.weight.mul_(gain)

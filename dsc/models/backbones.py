@@ -63,7 +63,11 @@ def _channel_dim(owner: nn.Module, activation: str) -> int:
 
 
 def create_backbone(name: str, act: Act, pretrained: bool = False, **kwargs: object) -> nn.Module:
-    """timm's model of that name with its activations swapped; `model.swapped_activations` lists them."""
+    """timm's model of that name with its activations swapped; `model.swapped_activations` lists them.
+
+    A signed prox (`soft`, `group_relu`) is non-linear by its shrinkage alone: where λ is small beside what it meets,
+    as its default beside normalised maps, the network is nearly linear. Give λ, or take a non-negative prox.
+    """
     model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
     model.swapped_activations = swap_activations(model, act)  # type: ignore[assignment]
     return model

@@ -53,7 +53,7 @@ class SpeedStage(nn.Module):
         begin_as_identity(self.conv.weight)
         self.pool = nn.MaxPool2d(2)
         self.norm1 = nn.BatchNorm2d(channels)
-        self.prox = plain_act.make(1)
+        self.prox = plain_act.make_alone(1, channels)
         self.norm2 = nn.BatchNorm2d(channels)
         dictionary = ConvDictionary(channels, channels, 3, padding=1)
         begin_as_identity(dictionary.weight)
