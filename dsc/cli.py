@@ -218,6 +218,20 @@ def evaluate(args: Sequence[str]) -> None:
         report.compare(summary["test"], hub.read_config(folder)["dsc"]["metrics"])
 
 
+def halve(args: Sequence[str]) -> None:
+    """Write a checkpoint again with its matrices in half precision, and the figures that it then has."""
+    parser = ArgumentParser(prog="dsc halve", description=halve.__doc__)
+    parser.add_argument("checkpoint", help="a published name, or a checkpoint folder")
+    parser.add_argument("out", type=Path, help="folder to write, which holds no checkpoint yet")
+    parser.add_argument("--data.root", dest="root", help="folder of the data sets (default: DSC_DATA, else data)")
+    parsed = parser.parse_args(args)
+    if (parsed.out / hub.CONFIG).exists():  # before the work, not after it
+        raise FileExistsError(f"{parsed.out} holds a checkpoint already: it is never overwritten")
+    _quiet()
+    summary = report.halve(hub.locate(parsed.checkpoint), parsed.out, parsed.root)
+    print(f"{parsed.out}: {report.text(summary)}")
+
+
 def write_report(args: Sequence[str]) -> None:
     """Write the page of a run or of a checkpoint, or of two side by side: one HTML file, without a network."""
     parser = ArgumentParser(prog="dsc report", description=write_report.__doc__)
@@ -306,6 +320,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {
     "train": train,
     "models": models,
     "evaluate": evaluate,
+    "halve": halve,
     "report": write_report,
     "reproduce": reproduce,
     "predict": predict,

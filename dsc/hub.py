@@ -6,6 +6,7 @@ ever read.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,16 @@ def load_weights(model: nn.Module, folder: str | Path, skip: tuple[str, ...] = (
     model.load_state_dict(weights, strict=not skip)
 
 
+def halved(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with what has two or more dimensions in float16. Raises ValueError where that has no such number."""
+    large = {key: value for key, value in weights.items() if value.is_floating_point() and value.ndim > 1}
+    half = {key: value.half() for key, value in large.items()}
+    for key, value in half.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{key} has entries beyond ±65504, the largest of half precision")
+    return {**weights, **half}
+
+
 def save(
     model: nn.Module,
     folder: str | Path,
@@ -105,16 +116,20 @@ def save(
     model_args: dict[str, Any],
     pretrained_cfg: dict[str, Any],
     facts: dict[str, Any],
+    half: bool = False,
 ) -> Path:
     """Write a checkpoint folder; `facts` are our own keys (activation, data set, metrics, …).
 
-    Raises FileExistsError rather than replace another checkpoint.
+    With `half`, matrices and filters take 16 bits an entry; loading gives them the model's own precision.
+
+    Raises FileExistsError rather than replace another checkpoint, ValueError as `halved`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG).exists():
         raise FileExistsError(f"{folder} holds a checkpoint already: it is never overwritten")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    weights = halved(model.state_dict()) if half else model.state_dict()
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / WEIGHTS)
     config = {
         "architecture": architecture,
         "num_classes": pretrained_cfg["num_classes"],

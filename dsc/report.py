@@ -73,6 +73,21 @@ def restore(folder: Path, root: str | None = None) -> tuple[Task, ImageData]:
     return task, data
 
 
+def halve(folder: Path, out: Path, root: str | None = None) -> dict[str, Any]:
+    """Write that checkpoint in half precision to `out`, with the figures that it has there. Returns its summary.
+
+    Raises FileExistsError rather than replace another checkpoint.
+    """
+    config = hub.read_config(folder)
+    task, data = restore(folder, root)
+    task.model.load_state_dict(hub.halved(task.model.state_dict()))
+    summary, _ = measure(task, data, config["dsc"]["seed"])
+    facts = config["dsc"] | {"metrics": summary["test"], "convergence": summary["convergence"]}
+    args = (config["architecture"], config["model_args"], config["pretrained_cfg"])
+    hub.save(task.model, out, *args, facts, half=True)
+    return summary
+
+
 def compare(measured: Mapping[str, float], card: Mapping[str, float], tolerance: float = 2e-4) -> None:
     """Raise ValueError where a figure differs from the card's by more than `tolerance` (0.02 points)."""
     wrong = [f"{k}: card {v:.4f}, measured {measured.get(k)}" for k, v in card.items()

@@ -110,6 +110,13 @@ def test_altered_byte_is_found(folder, place):
         models.load(folder)
 
 
+def test_numbers_too_large_for_half_precision_are_refused():
+    weights = {"a": torch.full((2, 2), 65504.0), "b": torch.full((2,), 1e6)}
+    assert {key: value.dtype for key, value in hub.halved(weights).items()} == {"a": torch.half, "b": torch.float}
+    with pytest.raises(ValueError, match="^c has entries beyond ±65504"):
+        hub.halved(weights | {"c": torch.full((1, 2), 7e4)})
+
+
 @pytest.mark.parametrize("kept", [0, 1000, -1])
 def test_truncated_file_is_found(folder, kept):
     path = folder / "model.safetensors"

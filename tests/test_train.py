@@ -105,6 +105,25 @@ def test_evaluate_agrees_with_the_card_and_notices_when_it_does_not(run, capsys,
     assert "does not reach its card's figures: accuracy" in capsys.readouterr().err
 
 
+def test_halve_writes_rounded_weights_with_the_figures_they_reach(run, capsys, tmp_path):
+    best, out = run[0] / "best", tmp_path / "half"
+    main(["halve", str(best), str(out)])
+    whole, half = load_file(best / "model.safetensors"), load_file(out / "model.safetensors")
+    assert whole.keys() == half.keys()
+    for key, value in whole.items():
+        rounded = value.half() if value.ndim > 1 else value
+        assert half[key].dtype == rounded.dtype and torch.equal(half[key], rounded)
+    loaded = dsc.load(out)
+    assert all(torch.equal(value, half[key].to(value.dtype)) for key, value in loaded.state_dict().items())
+    assert {value.dtype for value in loaded.parameters()} == {torch.float32}
+    before, after = (json.loads((folder / "config.json").read_text())["dsc"]["metrics"] for folder in (best, out))
+    assert before.keys() == after.keys() and before["loss"] != after["loss"]
+    main(["evaluate", str(out)])
+    with pytest.raises(SystemExit):
+        main(["halve", str(best), str(out)])
+    assert "never overwritten" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_configuration_runs(path):
     config = yaml.safe_load(path.read_text())
