@@ -216,6 +216,20 @@ def test_backbone_round_trip_also_as_features(name, kwargs, tmp_path):
         assert torch.equal(first, second)
 
 
+def test_a_published_backbone_of_timms_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "dsc" / "hub.py"))
+    args = {"activation": "group_relu_nonneg", "group_size": 4, "num_classes": 3}
+    torch.manual_seed(0)
+    model = models.create_model("resnet18", **args).eval()
+    save(model, tmp_path / "checkpoints" / "resnet18.digits_group", "resnet18", args)
+    x = inputs(model, {"img_size": 32})
+    loaded = models.create_model("resnet18.digits_group", pretrained=True).eval()
+    assert torch.equal(loaded(x), model(x)) and tuple(loaded.pretrained_cfg["mean"]) == (0.25,) * 3
+    fresh = models.create_model("resnet18.digits_group", num_classes=5).eval()
+    assert fresh(x).shape == (2, 5) and fresh.swapped_activations == model.swapped_activations
+    assert models.create_model("resnet18", num_classes=3).get_submodule("act1").__class__ is torch.nn.ReLU
+
+
 def test_checkpoint_is_never_overwritten(folder, model):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(FileExistsError, match="never overwritten"):

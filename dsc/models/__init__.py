@@ -52,11 +52,13 @@ def create_model(
     architecture, tag = split_model_name_tag(name)
     given = dict(activation=activation, group_size=group_size, groups=groups, threshold=threshold)
     given = {k: v for k, v in (given | dict(learn_threshold=learn_threshold)).items() if v is not None}
-    if architecture in list_models():
-        if not pretrained:
-            return timm.create_model(architecture, pretrained_cfg=tag or None, **given, **kwargs)
-        folder = hub.find(name if tag else _default_checkpoint(architecture))
-        return _load(folder, given | kwargs)
+    ours, published = architecture in list_models(), name in hub.checkpoint_folders()
+    if pretrained and (ours or published):
+        return _load(hub.find(name if tag else _default_checkpoint(architecture)), given | kwargs)
+    if ours:
+        return timm.create_model(architecture, pretrained_cfg=tag or None, **given, **kwargs)
+    if published:  # a backbone of timm's, which knows no such tag
+        return create_model(architecture, **(hub.read_config(hub.find(name))["model_args"] | given | kwargs))
     if not is_model(architecture):
         raise ValueError(unknown("model", name, [*list_models(), *timm.list_models()])[:400] + " …")
     if not model_entrypoint(architecture).__module__.startswith("timm."):  # a user's own, which knows its activation
