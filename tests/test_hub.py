@@ -344,7 +344,7 @@ import dsc
 from dsc import hub
 print(dsc.__file__)
 for name in hub.checkpoint_folders():
-    timm.create_model(name, pretrained=True)
+    (dsc if name.startswith("resnet18.") else timm).create_model(name, pretrained=True)  # timm knows its own tags
     print(name)
 """
     installed = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
