@@ -225,8 +225,6 @@ def halve(args: Sequence[str]) -> None:
     parser.add_argument("out", type=Path, help="folder to write, which holds no checkpoint yet")
     parser.add_argument("--data.root", dest="root", help="folder of the data sets (default: DSC_DATA, else data)")
     parsed = parser.parse_args(args)
-    if (parsed.out / hub.CONFIG).exists():  # before the work, not after it
-        raise FileExistsError(f"{parsed.out} holds a checkpoint already: it is never overwritten")
     _quiet()
     summary = report.halve(hub.locate(parsed.checkpoint), parsed.out, parsed.root)
     print(f"{parsed.out}: {report.text(summary)}")

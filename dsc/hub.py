@@ -99,6 +99,12 @@ def load_weights(model: nn.Module, folder: str | Path, skip: tuple[str, ...] = (
     model.load_state_dict(weights, strict=not skip)
 
 
+def check_free(folder: Path) -> None:
+    """Raise FileExistsError where that folder holds a checkpoint."""
+    if (folder / CONFIG).exists():
+        raise FileExistsError(f"{folder} holds a checkpoint already: it is never overwritten")
+
+
 def halved(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights with what has two or more dimensions in float16. Raises ValueError where that has no such number."""
     large = {key: value for key, value in weights.items() if value.is_floating_point() and value.ndim > 1}
@@ -125,9 +131,8 @@ def save(
     Raises FileExistsError rather than replace another checkpoint, ValueError as `halved`.
     """
     folder = Path(folder)
+    check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / CONFIG).exists():
-        raise FileExistsError(f"{folder} holds a checkpoint already: it is never overwritten")
     weights = halved(model.state_dict()) if half else model.state_dict()
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / WEIGHTS)
     config = {

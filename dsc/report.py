@@ -78,6 +78,7 @@ def halve(folder: Path, out: Path, root: str | None = None) -> dict[str, Any]:
 
     Raises FileExistsError rather than replace another checkpoint.
     """
+    hub.check_free(out)  # before the work, not after it
     config = hub.read_config(folder)
     task, data = restore(folder, root)
     task.model.load_state_dict(hub.halved(task.model.state_dict()))
