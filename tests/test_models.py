@@ -336,6 +336,21 @@ def test_a_plain_prox_keeps_a_given_threshold_and_a_rectifier_its_own(given):
     assert act.make_alone(1, 32).threshold == act.make(1).threshold
 
 
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, {"activation": "group_relu", "group_size": 16}),
+        ({"group_size": None, "steps": None}, {"activation": "group_relu", "group_size": 16, "steps": None}),
+        ({"group_size": 4}, {"activation": "group_relu", "group_size": 4}),
+        ({"groups": 8}, {"activation": "group_relu", "groups": 8}),
+        ({"activation": "top_k"}, {"activation": "top_k"}),
+        ({"activation": "group_relu_nonneg"}, {"activation": "group_relu_nonneg", "group_size": 16}),
+    ],
+)
+def test_an_entrys_defaults_give_way(given, expected):
+    assert models._build.with_defaults(given, {"activation": "group_relu", "group_size": 16}) == expected
+
+
 def test_feature_maps_are_the_codes():
     model = make("dsc_cnn", **SMALL_CNN).eval()
     torch.manual_seed(0)

@@ -1,8 +1,9 @@
 """What every family shares: its activation's arguments, its default configurations, and its way through timm."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -10,13 +11,14 @@ from timm.models import DefaultCfg, build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
 from dsc import hub
-from dsc.activations import Activation, configure, create_activation
+from dsc.activations import Activation, configure, create_activation, is_grouped
 from dsc.dictionaries import ConvDictionary, Dictionary
 from dsc.layers import SparseCoding
 from dsc.prox import Prox
 from dsc.solvers import ISTA
 
 M = TypeVar("M", bound=nn.Module)
+NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 # Where an unrolled layer's λ starts, as a fraction of an entry's (or group norm's) expected size. Shrinkage is the
 # only non-linearity of a signed group prox, so there it must bite from the start.
 RELATIVE_THRESHOLD = {False: 0.1, True: 0.5}
@@ -136,11 +138,13 @@ def build(
     architecture: str,
     pretrained: bool,
     kwargs: dict[str, Any],
+    defaults: Mapping[str, Any] = NO_DEFAULTS,
     stages: str | None = None,
     **feature_cfg: Any,
 ) -> M:
     """Build `model` through timm; a checkpoint's own arguments are read from its `config.json`.
 
+    `defaults` are the entry's arguments where neither the caller nor a checkpoint has others.
     `stages` names the constructor's argument with an entry a stage, where there are feature maps; `feature_cfg` tells
     timm how to take them. Raises ValueError where an argument contradicts the checkpoint's, or for `features_only` of
     a model without maps.
@@ -153,7 +157,7 @@ def build(
         config = hub.read_config(hub.find(name))
         check_against(name, config["model_args"], kwargs)
         kwargs = config["model_args"] | kwargs | {"pretrained_cfg": name.split(".", 1)[1]}
-    kwargs = take_options(kwargs)
+    kwargs = take_options(with_defaults(kwargs, defaults))
     if stages is None:
         if kwargs.get("features_only"):
             raise ValueError(f"features_only is not possible here: {architecture} has no maps of several resolutions")
@@ -162,6 +166,16 @@ def build(
     return build_model_with_cfg(
         model, architecture, pretrained, feature_cfg=dict(out_indices=tuple(range(len(each))), **feature_cfg), **kwargs
     )
+
+
+def with_defaults(kwargs: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments, and the defaults of those that are not given; groups have one only where they are not counted."""
+    given = {key: value for key, value in kwargs.items() if value is not None or key not in defaults}
+    merged = {**defaults, **given}
+    own_size = "group_size" in defaults and "group_size" not in given
+    if own_size and (merged.get("groups") is not None or not is_grouped(merged["activation"])):
+        del merged["group_size"]
+    return merged
 
 
 def take_options(kwargs: dict[str, Any]) -> dict[str, Any]:

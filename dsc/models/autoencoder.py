@@ -9,7 +9,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from dsc._names import unknown
-from dsc.activations import Activation, is_grouped
+from dsc.activations import Activation
 from dsc.dictionaries import ConvDictionary, DenseDictionary, Dictionary
 from dsc.init import Start, from_signals
 from dsc.layers import DeepSparseCoding, SparseCoding, StepSize
@@ -226,59 +226,57 @@ DEEP = dict(num_atoms=(320, 240, 160))
 CONV_DEEP = dict(num_atoms=(32, 64, 128), kernel_sizes=(4, 4, 4), strides=(2, 2, 2), paddings=(1, 1, 1))
 
 
-def _grouped(kwargs: dict[str, Any], group_size: int) -> dict[str, Any]:
-    kwargs = dict(activation="group_relu") | kwargs
-    sized = kwargs.get("groups") is not None or kwargs.get("group_size") is not None
-    return kwargs if sized or not is_grouped(kwargs["activation"]) else kwargs | dict(group_size=group_size)
+GROUPED = dict(activation="group_relu")
+SOFT = dict(activation="soft")
 
 
-def _conv_build(architecture: str, pretrained: bool, kwargs: dict[str, Any]) -> ConvSparseAutoencoder:
-    return build(ConvSparseAutoencoder, architecture, pretrained, kwargs, stages="num_atoms", feature_cls="hook")
+def _conv_build(architecture: str, pretrained: bool, kwargs: dict[str, Any], **own: Any) -> ConvSparseAutoencoder:
+    return build(ConvSparseAutoencoder, architecture, pretrained, kwargs, own, stages="num_atoms", feature_cls="hook")
 
 
 @register_model
 def gsae(pretrained: bool = False, **kwargs: Any) -> SparseAutoencoder:
     """Ten groups of sixteen atoms, fifteen FISTA steps."""
-    return build(SparseAutoencoder, "gsae", pretrained, _grouped(kwargs, 16))
+    return build(SparseAutoencoder, "gsae", pretrained, kwargs, GROUPED | dict(group_size=16))
 
 
 @register_model
 def sae(pretrained: bool = False, **kwargs: Any) -> SparseAutoencoder:
     """The same with a two-sided ℓ1 code."""
-    return build(SparseAutoencoder, "sae", pretrained, dict(activation="soft") | kwargs)
+    return build(SparseAutoencoder, "sae", pretrained, kwargs, SOFT)
 
 
 @register_model
 def gsae_deep(pretrained: bool = False, **kwargs: Any) -> SparseAutoencoder:
     """Three dictionaries of 320, 240 and 160 atoms, groups of sixteen: the code is as wide as that of `gsae`."""
-    return build(SparseAutoencoder, "gsae_deep", pretrained, DEEP | _grouped(kwargs, 16))
+    return build(SparseAutoencoder, "gsae_deep", pretrained, kwargs, DEEP | GROUPED | dict(group_size=16))
 
 
 @register_model
 def sae_deep(pretrained: bool = False, **kwargs: Any) -> SparseAutoencoder:
     """The same with two-sided ℓ1 codes."""
-    return build(SparseAutoencoder, "sae_deep", pretrained, DEEP | dict(activation="soft") | kwargs)
+    return build(SparseAutoencoder, "sae_deep", pretrained, kwargs, DEEP | SOFT)
 
 
 @register_model
 def gsae_conv(pretrained: bool = False, **kwargs: Any) -> ConvSparseAutoencoder:
     """Eight groups of eight atoms of 8×8 pixels, four pixels apart."""
-    return _conv_build("gsae_conv", pretrained, _grouped(kwargs, 8))
+    return _conv_build("gsae_conv", pretrained, kwargs, group_size=8, **GROUPED)
 
 
 @register_model
 def sae_conv(pretrained: bool = False, **kwargs: Any) -> ConvSparseAutoencoder:
     """The same with a two-sided ℓ1 code."""
-    return _conv_build("sae_conv", pretrained, dict(activation="soft") | kwargs)
+    return _conv_build("sae_conv", pretrained, kwargs, **SOFT)
 
 
 @register_model
 def gsae_conv_deep(pretrained: bool = False, **kwargs: Any) -> ConvSparseAutoencoder:
     """Three dictionaries of 32, 64 and 128 atoms of 4×4 pixels, each of stride 2, groups of eight."""
-    return _conv_build("gsae_conv_deep", pretrained, CONV_DEEP | _grouped(kwargs, 8))
+    return _conv_build("gsae_conv_deep", pretrained, kwargs, group_size=8, **CONV_DEEP, **GROUPED)
 
 
 @register_model
 def sae_conv_deep(pretrained: bool = False, **kwargs: Any) -> ConvSparseAutoencoder:
     """The same with two-sided ℓ1 codes."""
-    return _conv_build("sae_conv_deep", pretrained, CONV_DEEP | dict(activation="soft") | kwargs)
+    return _conv_build("sae_conv_deep", pretrained, kwargs, **CONV_DEEP, **SOFT)

@@ -104,8 +104,8 @@ _cfg = dict(
 default_cfgs = make_default_cfgs(dsc_cnn=_cfg, dsc_cnn_cifar=_cfg, dsc_cnn_pico=_cfg)
 
 
-def _cnn(architecture: str, pretrained: bool, kwargs: dict[str, Any]) -> DSCNN:
-    return build(DSCNN, architecture, pretrained, kwargs, stages="channels", feature_cls="hook")
+def _cnn(architecture: str, pretrained: bool, kwargs: dict[str, Any], **shape: Any) -> DSCNN:
+    return build(DSCNN, architecture, pretrained, kwargs, shape, stages="channels", feature_cls="hook")
 
 
 @register_model
@@ -117,12 +117,12 @@ def dsc_cnn(pretrained: bool = False, **kwargs: Any) -> DSCNN:
 @register_model
 def dsc_cnn_cifar(pretrained: bool = False, **kwargs: Any) -> DSCNN:
     """Dictionaries of 32, 64 and 128 atoms of 4 pixels, then three plain layers, as ML-ISTA's network for CIFAR-10."""
-    shape: dict[str, Any] = dict(channels=(32, 64, 128), kernel_sizes=(4, 4, 4), strides=(2, 2, 2), paddings=(1, 1, 1))
-    return _cnn("dsc_cnn_cifar", pretrained, shape | dict(tail=(256, 512, 512)) | kwargs)
+    shape = dict(channels=(32, 64, 128), kernel_sizes=(4, 4, 4), strides=(2, 2, 2), paddings=(1, 1, 1))
+    return _cnn("dsc_cnn_cifar", pretrained, kwargs, tail=(256, 512, 512), **shape)
 
 
 @register_model
 def dsc_cnn_pico(pretrained: bool = False, **kwargs: Any) -> DSCNN:
     """Three dictionaries of 32, 64 and 128 atoms of 3 pixels, for images from 8 pixels on."""
     shape = dict(channels=(32, 64, 128), kernel_sizes=(3, 3, 3), strides=(1, 2, 2), paddings=(1, 1, 1))
-    return _cnn("dsc_cnn_pico", pretrained, shape | kwargs)
+    return _cnn("dsc_cnn_pico", pretrained, kwargs, **shape)

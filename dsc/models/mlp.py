@@ -85,10 +85,10 @@ default_cfgs = make_default_cfgs(dsc_mlp_pico=_cfg, dsc_mlp_base=_cfg)
 @register_model
 def dsc_mlp_pico(pretrained: bool = False, **kwargs: Any) -> DSCMLP:
     """Two dictionaries of 256 atoms."""
-    return build(DSCMLP, "dsc_mlp_pico", pretrained, dict(num_atoms=(256, 256)) | kwargs)
+    return build(DSCMLP, "dsc_mlp_pico", pretrained, kwargs, dict(num_atoms=(256, 256)))
 
 
 @register_model
 def dsc_mlp_base(pretrained: bool = False, **kwargs: Any) -> DSCMLP:
     """Three dictionaries of 1,024 atoms."""
-    return build(DSCMLP, "dsc_mlp_base", pretrained, dict(num_atoms=(1024,) * 3) | kwargs)
+    return build(DSCMLP, "dsc_mlp_base", pretrained, kwargs, dict(num_atoms=(1024,) * 3))

@@ -112,7 +112,7 @@ default_cfgs = make_default_cfgs(dsc_resnet18=_cfg, dsc_resnet20=_cfg, dsc_resne
 
 
 def _resnet(architecture: str, pretrained: bool, shape: dict[str, Any], kwargs: dict[str, Any]) -> DSCResNet:
-    return build(DSCResNet, architecture, pretrained, shape | kwargs, stages="depths", flatten_sequential=True)
+    return build(DSCResNet, architecture, pretrained, kwargs, shape, stages="depths", flatten_sequential=True)
 
 
 @register_model

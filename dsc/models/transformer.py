@@ -122,32 +122,31 @@ def dsc_vit_pico(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
 def dsc_vit_tiny(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Twelve blocks of width 192, three heads: the blocks of ViT-Tiny."""
     shape = dict(dim=192, depth=12, num_heads=3)
-    return build(DSCTransformer, "dsc_vit_tiny", pretrained, shape | kwargs)
+    return build(DSCTransformer, "dsc_vit_tiny", pretrained, kwargs, shape)
 
 
 @register_model
 def dsc_vit_small(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Twelve blocks of width 384, six heads: the blocks of ViT-Small."""
     shape = dict(dim=384, depth=12, num_heads=6)
-    return build(DSCTransformer, "dsc_vit_small", pretrained, shape | kwargs)
+    return build(DSCTransformer, "dsc_vit_small", pretrained, kwargs, shape)
 
 
 @register_model
 def dsc_crate_pico(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Four blocks of CRATE, width 64: subspace attention, one step over a square dictionary from the token on."""
     crate = dict(attention="subspace", atoms_ratio=1, residual=False, steps=1)
-    return build(DSCTransformer, "dsc_crate_pico", pretrained, crate | kwargs)
+    return build(DSCTransformer, "dsc_crate_pico", pretrained, kwargs, crate)
 
 
 @register_model
 def dsc_attn_pico(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Six blocks of attention and prox, width 64."""
-    kwargs = dict(depth=6, atoms_ratio=None) | kwargs
-    return build(DSCTransformer, "dsc_attn_pico", pretrained, kwargs)
+    return build(DSCTransformer, "dsc_attn_pico", pretrained, kwargs, dict(depth=6, atoms_ratio=None))
 
 
 @register_model
 def dsc_attn_tiny(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Twelve blocks of attention and prox, width 192, three heads."""
     shape = dict(dim=192, depth=12, num_heads=3, atoms_ratio=None)
-    return build(DSCTransformer, "dsc_attn_tiny", pretrained, shape | kwargs)
+    return build(DSCTransformer, "dsc_attn_tiny", pretrained, kwargs, shape)
