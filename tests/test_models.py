@@ -351,6 +351,12 @@ def test_an_entrys_defaults_give_way(given, expected):
     assert models._build.with_defaults(given, {"activation": "group_relu", "group_size": 16}) == expected
 
 
+def test_none_is_an_argument_like_any_other():
+    assert models._build.with_defaults({"atoms_ratio": None}, {"atoms_ratio": 1}) == {"atoms_ratio": None}
+    attention = models.transformer.dsc_crate_pico(atoms_ratio=None, residual=True, steps=2)  # timm drops a None
+    assert not [module for module in attention.modules() if isinstance(module, SparseCoding)]
+
+
 def test_feature_maps_are_the_codes():
     model = make("dsc_cnn", **SMALL_CNN).eval()
     torch.manual_seed(0)

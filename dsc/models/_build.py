@@ -169,12 +169,12 @@ def build(
 
 
 def with_defaults(kwargs: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments, and the defaults of those that are not given; groups have one only where they are not counted."""
-    given = {key: value for key, value in kwargs.items() if value is not None or key not in defaults}
-    merged = {**defaults, **given}
-    own_size = "group_size" in defaults and "group_size" not in given
-    if own_size and (merged.get("groups") is not None or not is_grouped(merged["activation"])):
+    """Arguments on top of defaults, of which a group size is for groups that have neither a size nor a number."""
+    merged = {**defaults, **kwargs}
+    if "group_size" in defaults and kwargs.get("group_size") is None:
         del merged["group_size"]
+        if merged.get("groups") is None and is_grouped(merged["activation"]):
+            merged["group_size"] = defaults["group_size"]
     return merged
 
 
