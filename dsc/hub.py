@@ -99,6 +99,21 @@ def load_weights(model: nn.Module, folder: str | Path, skip: tuple[str, ...] = (
     model.load_state_dict(weights, strict=not skip)
 
 
+def start_from(model: nn.Module, folder: str | Path) -> list[str]:
+    """Load a checkpoint folder's weights into a model whose head or activation may be another.
+
+    Returns the keys that keep their fresh values: those of the classifier and of activations' thresholds that differ
+    in name or shape. Raises ValueError as `load_weights` for any other difference.
+    """
+    saved = {key: value.shape for key, value in read_weights(folder).items()}
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    differ = sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key))
+    classifier = f"{read_config(folder)['pretrained_cfg'].get('classifier')}."
+    fresh = [key for key in differ if key.startswith(classifier) or key.endswith("_threshold")]
+    load_weights(model, folder, skip=tuple(fresh))
+    return [key for key in fresh if key in own]
+
+
 def check_free(folder: Path) -> None:
     """Raise FileExistsError where that folder holds a checkpoint."""
     if (folder / CONFIG).exists():

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
 from torchmetrics import MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from dsc import measures
+from dsc import hub, measures
 from dsc.dictionaries import Dictionary
 from dsc.layers import SparseCoding
 from dsc.metrics import ClusterAccuracy, SparsityMetrics, convergence
@@ -67,6 +68,8 @@ class Task(LightningModule):
         activation: one of `dsc.list_activations()`; None keeps the model's own.
         group_size, groups, threshold, learn_threshold: the activation's arguments.
         model_args: further arguments of the model, as `steps` or `channels`.
+        initial_checkpoint: published name, or folder (as a run's `best`), of the weights to start from. The model's
+            head and activation may be others: what differs of the classifier and of thresholds starts afresh.
         regularizers: penalties on the codes of the model's sparse layers (`dsc.regularizers`).
         optimizer: one of torch's or timm's, None for AdamW; weight decay reaches only parameters of two or more
             dimensions, and timm's Muon leaves the classifier to its fallback.
@@ -92,6 +95,7 @@ class Task(LightningModule):
         threshold: float | None = None,
         learn_threshold: bool | None = None,
         model_args: dict[str, Any] | None = None,
+        initial_checkpoint: str | None = None,
         regularizers: Sequence[Regularizer] = (),
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         lr_scheduler: Schedule | None = OneCycle,
@@ -112,6 +116,10 @@ class Task(LightningModule):
         size = dict(img_size=data.image_size) if _has_fixed_size(model) else {}
         self.model_args = given | size | (model_args or {}) | self.shape_args(data)
         self.model = create_model(model, **self.model_args)
+        self.starts_trained = bool(initial_checkpoint or self.model_args.get("pretrained"))
+        if initial_checkpoint is not None:
+            fresh = hub.start_from(self.model, hub.locate(initial_checkpoint))
+            rank_zero_info(f"starts from {initial_checkpoint}" + (f"; afresh: {', '.join(fresh)}" if fresh else ""))
         self.regularizers = nn.ModuleList(regularizers)  # their state is the run's: a target's weight moves
         # As a default in the signature, AdamW would hand its weight decay on to whatever a configuration puts there.
         self.make_optimizer, self.make_schedule = optimizer or AdamW, lr_scheduler
@@ -180,7 +188,7 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         # Before a resumed run loads its weights, which then take the place of these.
         starts_from_images = getattr(self.model, "starts_from_images", False)
-        if stage == "fit" and starts_from_images and not self.model_args.get("pretrained"):
+        if stage == "fit" and starts_from_images and not self.starts_trained:
             images = self.trainer.datamodule.sample(INITIAL_IMAGES)  # type: ignore[attr-defined]
             self.model.initialize(images)  # type: ignore[operator]
 

@@ -155,6 +155,30 @@ def test_other_architecture_says_what_differs(folder):
         hub.load_weights(models.create_model("dsc_vit_pico"), folder)
 
 
+@pytest.mark.parametrize("args", [{}, {"num_classes": 7}, {"activation": "relu", "group_size": None, "num_classes": 7}])
+def test_training_starts_from_a_checkpoint_of_another_head_or_activation(folder, model, args):
+    torch.manual_seed(5)
+    other = models.create_model("dsc_cnn", **ENTRIES["dsc_cnn"] | args)
+    fresh = {key: value.clone() for key, value in other.state_dict().items()}
+    afresh = hub.start_from(other, folder)
+    expected = ["head.fc.bias", "head.fc.weight"] if "num_classes" in args else []
+    expected += [key for key in fresh if key.endswith("threshold")] if "activation" in args else []
+    assert sorted(afresh) == sorted(expected) and ("activation" not in args or len(afresh) == 5)
+    saved = model.state_dict()
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, fresh[key] if key in afresh else saved[key]), key
+
+
+def test_training_does_not_start_from_another_architecture(folder):
+    deeper = models.create_model("dsc_cnn", **ENTRIES["dsc_cnn"] | {"channels": [8, 8, 24], "num_classes": 7})
+    with pytest.raises(
+        ValueError, match=r"another architecture .dsc_cnn.: .*\(16, 8, 3, 3\), the model \(24, 8, 3, 3\)"
+    ):
+        hub.start_from(deeper, folder)
+    with pytest.raises(ValueError, match="another architecture .dsc_cnn.: missing blocks.*; …"):
+        hub.start_from(models.create_model("dsc_vit_pico"), folder)
+
+
 def load_by_timm(folder, **kwargs):
     return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
 

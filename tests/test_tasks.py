@@ -228,6 +228,20 @@ def test_models_start_from_the_training_images(digits):
     assert torch.equal(weight, whitening_atoms(digits.sample(5000), 2))
 
 
+def test_a_run_may_start_from_the_best_weights_of_another(tmp_path):
+    small = ["--model.model", "dsc_speed", "--model.model_args", "{channels: [4, 8]}"]
+    first = Path(run(tmp_path, *small)["run"]) / "best"
+    still = ["--model.initial_checkpoint", str(first), "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr=0"]
+    second = run(tmp_path, *small, *still, "--model.activation", "group_relu_nonneg", "--model.group_size", "4")
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, Path(second["run"]) / "best"))
+    matrices = [key for key, value in before.items() if key.endswith(".weight") and value.ndim > 1]
+    assert len(matrices) == 6 and "whiten.dictionary.weight" in matrices
+    for key in matrices:  # a rate of 0: these are the weights of the start
+        assert torch.equal(before[key], after[key]), key
+    kept = yaml.safe_load((Path(second["run"]) / "config.yaml").read_text())
+    assert kept["model"]["init_args"]["initial_checkpoint"] == str(first)
+
+
 def test_autoencoders_start_from_the_training_images_if_told_to(digits):
     args = {"num_atoms": 20, "group_size": 10, "initial": "singular", "threshold": 1e6}  # with which nothing is learned
     task = Reconstructor(model="gsae", model_args=args, data=digits)

@@ -261,6 +261,11 @@ def test_an_infinite_loss_stops_names_the_step_and_keeps_the_last_good_checkpoin
             "group_size=5 does not divide the 32 channels",
         ),
         (["--model.threshold", "-1"], "threshold must be finite and at least 0, got -1"),
+        (
+            ["--model.initial_checkpoint", "dsc_cnn.mnist_rleu"],
+            "unknown checkpoint 'dsc_cnn.mnist_rleu'; did you mean 'dsc_cnn.mnist_relu'?",
+        ),
+        (["--model.initial_checkpoint", "dsc_cnn.mnist_relu"], "dsc_cnn.mnist_relu holds another architecture"),
         (["--model.model_args.steps", "0"], "must be at least 1, got 0"),
         (["--model.model", "dsc_cnn"], "images of 8×8 pixels are too small: this network needs 28 a side"),
         (["--ckpt_path", "last", "--name", "digts"], "no run to continue"),
