@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,43 +66,48 @@ class Products(TorchDispatchMode):
                 call()
 
 
-def training_pass(case: Case, **args: Any) -> Callable[[], None]:
-    """Forward and backward of the model on random images, bfloat16 where autocast allows it."""
+def training_pass(case: Case, half: bool = True, compiled: bool = False, **args: Any) -> Callable[[], None]:
+    """Forward and backward of the model on random images, in bfloat16 where `half` and autocast allow it."""
     torch.manual_seed(0)
     model = dsc.create_model(case.name, in_chans=case.shape[0], **case.args, **args).to(DEVICE).train()
     model.to(memory_format=torch.channels_last)
+    run = torch.compile(model) if compiled else model
     x = torch.randn(case.batch, *case.shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
     target = torch.randint(10, (case.batch,), device=DEVICE)
 
     def call() -> None:
         model.zero_grad()
-        with torch.autocast(DEVICE, torch.bfloat16):
-            loss = _loss(model, x, target)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+            loss = _loss(run, x, target)
         loss.backward()
 
     return call
 
 
-def _loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+def _loss(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
     out = model(x)
     return F.cross_entropy(out, target) if out.ndim == 2 else F.mse_loss(out, x)
 
 
-def row(case: Case, repeats: int) -> tuple[str, ...]:
-    """Steps of the model and of its twin, in ms an image, and the three ratios."""
-    sparse, twin = training_pass(case), training_pass(case, steps=1)
-    sparse()
-    with Products() as of_sparse:
-        sparse()
-    with Products() as of_twin:
-        twin()
-    calls = {"sparse": sparse, "floor": of_sparse.replay, "twin": twin, "twin's floor": of_twin.replay}
+def row(case: Case, repeats: int, half: bool, compiled: bool) -> tuple[str, ...]:
+    """Steps of the model and of its twin, in ms an image, and the ratios."""
+    calls: dict[tuple[str, str], Callable[[], None]] = {}
+    for kind, args in KINDS.items():
+        step = calls[kind, "eager"] = training_pass(case, half, **args)
+        step()
+        with Products() as products:
+            step()
+        calls[kind, "floor"] = products.replay
+        if compiled:
+            calls[kind, "compiled"] = training_pass(case, half, compiled, **args)
     seconds = interleaved(calls, repeats)
-    ms = (f"{1e3 * seconds[key] / case.batch:.3f}" for key in ("sparse", "twin"))
-    over_floor = seconds["sparse"] / seconds["floor"], seconds["twin"] / seconds["twin's floor"]
-    return case.name, *ms, f"{seconds['twin'] / seconds['sparse']:.2f}", *(f"{ratio:.2f}" for ratio in over_floor)
+    ms = (f"{1e3 * seconds[kind, 'eager'] / case.batch:.3f}" for kind in KINDS)
+    ways = ("eager", "compiled") if compiled else ("eager",)
+    ratios = (f"{seconds[kind, way] / seconds[kind, 'floor']:.2f}" for way in ways for kind in KINDS)
+    return case.name, *ms, f"{seconds['twin', 'eager'] / seconds['sparse', 'eager']:.2f}", *ratios
 
 
+KINDS: dict[str, dict[str, Any]] = {"sparse": {}, "twin": {"steps": 1}}
 COLUMNS = ("model", "ms an image", "twin", "images/s over twin's", "time over bare products", "twin's")
 
 
@@ -110,10 +115,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=["*"], help="shell patterns of model names")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--float32", action="store_true", help="no autocast, for processors that emulate bfloat16")
+    parser.add_argument("--compile", action="store_true", help="also compiled, over the same products")
     parsed = parser.parse_args()
     print(header() + "\n")
     cases = [case for case in CASES if any(fnmatch(case.name, pattern) for pattern in parsed.names)]
-    print(markdown(COLUMNS, [row(case, parsed.repeats) for case in cases]))
+    rows = [row(case, parsed.repeats, not parsed.float32, parsed.compile) for case in cases]
+    print(markdown(COLUMNS + ("compiled", "twin's compiled") * parsed.compile, rows))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class OneCycle(OneCycleLR):
             optimizer,
             peaks,
             total_steps,
-            pct_start=warmup,
+            pct_start=warmup if warmup * total_steps > 1 else 0.0,  # torch divides by zero in a rise of one step
             anneal_strategy=anneal,
             cycle_momentum=False,
         )
@@ -80,6 +80,8 @@ class Task(LightningModule):
             For networks that normalise behind their layers: there the scale means nothing, and without this weights
             grow, by Muon's updates above all, and steps become small in comparison (as in airbench, Jordan 2024).
         channels_last: keep images and convolutions in that layout.
+        compile: train through `torch.compile`, which fuses what is no product: up to twice as fast, after a minute for
+            the first step. Evaluation is not compiled. On a CPU it needs a C++ compiler.
         data: facts of the data set (the CLI links them): sets the model's channels, classes and image size.
     """
 
@@ -102,6 +104,7 @@ class Task(LightningModule):
         bias_lr: float = 1.0,
         keep_norms: bool = False,
         channels_last: bool = False,
+        compile: bool = False,
         data: Any = None,
     ) -> None:
         super().__init__()
@@ -128,6 +131,8 @@ class Task(LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=self.memory_format)
         self.observer = Observer(self.model)
+        # Of a function, so that the model itself stays as it is: for a checkpoint's keys, and to be observed again.
+        self.train_forward = torch.compile(lambda x: self.model(x)) if compile else None
         self.sparsity = nn.ModuleDict({stage: SparsityMetrics(self.observer.layers) for stage in ("val", "test")})
         self.quality: nn.ModuleDict = nn.ModuleDict()
         self.epoch_losses: list[float] = []
@@ -143,7 +148,8 @@ class Task(LightningModule):
         raise TypeError(f"{type(self).__name__} defines no loss")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.contiguous(memory_format=self.memory_format))
+        call = self.train_forward if self.training and self.train_forward else self.model
+        return call(x.contiguous(memory_format=self.memory_format))
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         loss = self.loss(batch, stage)

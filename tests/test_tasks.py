@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from dsc.models import load
 from dsc.models.speed import whitening_atoms
 from dsc.regularizers import L1
 from dsc.report import read_metrics
-from dsc.tasks import Classifier, Reconstructor, Steps, views
+from dsc.tasks import Classifier, OneCycle, Reconstructor, Steps, views
 
 SMALL = {"channels": (4, 4, 8)}
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -168,6 +169,20 @@ def test_norms_to_keep_survive_an_interruption(digits):
     assert resumed.norms == task.norms
 
 
+@pytest.mark.parametrize("total", [5, 6, 10, 40])
+def test_one_cycle_rises_and_falls_in_runs_of_any_length(total):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = OneCycle(optimizer, total, warmup=0.2)
+    rates = []
+    for _ in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    top = rates.index(max(rates))
+    assert 0.4 <= rates[top] <= 0.5 and top <= 0.2 * total and abs(rates[-1]) < 1e-4
+    assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True)
+
+
 def test_rate_falls_in_steps():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = Steps(optimizer, total_steps=10, every=0.3, gamma=0.5)
@@ -255,6 +270,21 @@ def test_models_of_fixed_size_learn_the_images_size(digits):
     task = classifier(digits, model="dsc_mlp_pico", model_args={})
     assert task.model(digits.sample(3)).shape == (3, 10)
     assert Reconstructor(model="sae", data=digits).model(digits.sample(3)).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_compiled_training_follows_eager_training(digits):
+    after = {}
+    for compile in (False, True):
+        torch._dynamo.reset()
+        task = classifier(digits, compile=compile, regularizers=[L1(weight=0.1)], channels_last=True)
+        trainer = Trainer(max_epochs=1, limit_train_batches=5, limit_val_batches=2, precision="64-true", **QUIET)
+        trainer.fit(task, digits)
+        after[compile] = task.state_dict(), {key: float(value) for key, value in trainer.logged_metrics.items()}
+    assert after[False][1].keys() == after[True][1].keys() >= {"train/penalty", "val/accuracy"}
+    for eager, compiled in zip(after[False], after[True], strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-8, atol=1e-10)
 
 
 # Regularizers
