@@ -22,8 +22,8 @@ from dsc.models import create_model, list_models
 
 HEADER = ["model", "family", "input", "parameters", "multiply-accumulates", "stages", "pretrained"]
 CHECKPOINT_HEADER = [
-    "checkpoint", "data", "activation", "seed", "accuracy, %", "with augmentation", "mse", "strongest group, %",
-    "active", "MB",
+    "checkpoint", "data", "activation", "seed", "epochs", "accuracy, %", "with augmentation", "mse",
+    "strongest group, %", "active", "MB",
 ]  # fmt: skip
 
 
@@ -69,6 +69,7 @@ class CheckpointInfo:
     dataset: str
     activation: str
     seed: int
+    epochs: int
     accuracy: float | None
     accuracy_tta: float | None
     mse: float | None
@@ -82,7 +83,8 @@ class CheckpointInfo:
         plain, augmented, groups = ("" if a is None else f"{100 * a:.2f}" for a in fractions)
         mse = "" if self.mse is None else f"{self.mse:.4f}"
         measured = [plain, augmented, mse, groups, f"{self.active_fraction:.3f}"]
-        return [f"`{self.name}`", self.dataset, self.activation, str(self.seed), *measured, f"{self.megabytes:.1f}"]
+        recipe = [self.dataset, self.activation, str(self.seed), str(self.epochs)]
+        return [f"`{self.name}`", *recipe, *measured, f"{self.megabytes:.1f}"]
 
 
 def describe_models(pattern: str = "*") -> list[ModelInfo]:
@@ -146,6 +148,7 @@ def describe_checkpoint(folder: Path) -> CheckpointInfo:
         dataset=facts["dataset"],
         activation=facts["activation"],
         seed=facts["seed"],
+        epochs=facts["training"]["trainer"]["max_epochs"],
         accuracy=metrics.get("accuracy"),
         accuracy_tta=metrics.get("accuracy_tta"),
         mse=metrics.get("mse"),

@@ -112,9 +112,9 @@ class CLI(LightningCLI):
 
 
 def train(args: Sequence[str]) -> dict[str, Any] | None:
-    """Fit, test the best weights, write the run folder's report, print its table; returns the summary.
+    """Fit by a configuration, test the best weights, write the run folder's report and print its table.
 
-    A run of `--trainer.fast_dev_run` leaves no folder and returns None.
+    Returns the summary; a run of `--trainer.fast_dev_run` leaves no folder and returns None.
     """
     return _fit_and_report(cli_of(args))
 
@@ -123,7 +123,9 @@ def cli_of(args: Sequence[str]) -> CLI:
     """The parsed command line: its task, data and trainer, made but not run."""
     _quiet()
     if not any(a == "--config" or a.startswith("--config=") or a in ("-c", "-h", "--help") for a in args):
-        args = ["--config", _default_config(), *args]
+        args = ["--config", DEFAULT_CONFIG, *args]
+    args = [f"--config={_config(a[9:])}" if a.startswith("--config=") else a for a in args]
+    args = [_config(a) if before in ("--config", "-c") else a for before, a in zip(["", *args], args, strict=False)]
     return CLI(
         model_class=Task,
         datamodule_class=LightningDataModule,
@@ -179,18 +181,19 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*Sparse invariant checks are implicitly disabled.*")
 
 
-def _default_config() -> str:
-    for folder in (Path.cwd(), Path(__file__).resolve().parents[1], Path(__file__).resolve().parent):
-        if (folder / DEFAULT_CONFIG).is_file():
-            return str(folder / DEFAULT_CONFIG)
-    raise FileNotFoundError(f"{DEFAULT_CONFIG} not found: give a configuration with --config")
+def _config(path: str) -> str:
+    # `configs/…` means this library's own from any folder: of a clone, or inside the installed package.
+    here = Path(__file__).resolve().parent
+    found = [folder / path for folder in (Path.cwd(), here.parent, here) if (folder / path).is_file()]
+    return str(found[0]) if found else path
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `dsc`: a command and its arguments; wrong input ends with one message and exit code 2."""
     command, *rest = (list(sys.argv[1:] if args is None else args)) or ["--help"]
     if command in ("-h", "--help"):
-        print(__doc__, "\nCommands: " + ", ".join(COMMANDS) + ". Each has --help.")
+        print(f"{__doc__}\n\n" + "\n".join(f"  {name:10} {_summary(run)}" for name, run in COMMANDS.items()))
+        print("\nEach has --help.")
         return
     if command not in COMMANDS:
         sys.exit(f"dsc: {unknown('command', command, COMMANDS)}")
@@ -199,6 +202,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError) as error:
         sys.stderr.write(f"dsc {command}: {_cause(str(error))}\n")
         sys.exit(2)
+
+
+def _summary(command: Callable[..., Any]) -> str:
+    return (command.__doc__ or "").splitlines()[0]
 
 
 def evaluate(args: Sequence[str]) -> None:

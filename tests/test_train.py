@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 import dsc
-from dsc.cli import COMMANDS, main
+from dsc.cli import COMMANDS, cli_of, main
 from dsc.data import ImageData
 from dsc.report import read_metrics
 
@@ -291,6 +292,24 @@ def test_a_wrong_key_in_a_file_names_the_nearest(tmp_path, capsys):
     (tmp_path / "wrong.yaml").write_text(text)
     message = failure(capsys, "--config", str(tmp_path / "wrong.yaml"))
     assert "unknown key 'label_smothing'; did you mean 'label_smoothing'?" in message
+
+
+@pytest.mark.parametrize("form", ["--config=configs/mnist_sae.yaml", "--config configs/mnist_sae.yaml"])
+def test_the_library_s_configurations_are_found_from_any_folder(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = cli_of([*form.split(), "--trainer.fast_dev_run", "true"])
+    assert found.model.architecture == "sae" and found.datamodule.dataset == "mnist"
+    (tmp_path / "configs").mkdir()
+    own = (ROOT / "configs/mnist_sae.yaml").read_text().replace("model: sae", "model: sae_deep")
+    (tmp_path / "configs/mnist_sae.yaml").write_text(own)
+    assert cli_of([*form.split(), "--trainer.fast_dev_run", "true"]).model.architecture == "sae_deep"
+
+
+def test_help_says_what_each_command_does(capsys):
+    main(["--help"])
+    shown = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(command.__doc__.splitlines()[0])}$", shown, re.M), name
 
 
 def test_an_unknown_command_names_the_nearest(capsys):

@@ -129,5 +129,5 @@ def dsc_resnet34(pretrained: bool = False, **kwargs: Any) -> DSCResNet:
 
 @register_model
 def dsc_resnet20(pretrained: bool = False, **kwargs: Any) -> DSCResNet:
-    """Three stages of three blocks, 16 to 64 channels, as He et al.'s for CIFAR-10: made for two cores."""
+    """Three stages of three blocks, 16 to 64 channels, as He et al.'s for CIFAR-10: small enough for a CPU."""
     return _resnet("dsc_resnet20", pretrained, dict(channels=(16, 32, 64), depths=(3, 3, 3)), kwargs)

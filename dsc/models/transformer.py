@@ -114,7 +114,7 @@ default_cfgs = make_default_cfgs(
 
 @register_model
 def dsc_vit_pico(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
-    """Four blocks of width 64, made for two cores."""
+    """Four blocks of width 64, small enough to train on a CPU."""
     return build(DSCTransformer, "dsc_vit_pico", pretrained, kwargs)
 
 
