@@ -220,6 +220,8 @@ def evaluate(args: Sequence[str]) -> None:
         folder = hub.locate(name)
         summary, curves = report.measure_checkpoint(folder, parsed.root)
         print(f"{folder.name}: {report.text(summary)}\n")
+        if parsed.picture and not curves:
+            raise ValueError(f"{folder.name} has no layer of several steps: there is no convergence to draw")
         if parsed.picture:
             figures.convergence_figure(curves).savefig(parsed.picture, dpi=120)
         report.compare(summary["test"], hub.read_config(folder)["dsc"]["metrics"])

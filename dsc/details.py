@@ -111,9 +111,10 @@ def atom_use(z: Tensor, dim: int) -> Tensor:
 def nearest_class(task: Task, data: Any, z: Tensor) -> Tensor:
     """Class whose mean code on validation images is nearest to each code of (N, …), int64 (N,)."""
     seen = [(list(codes.values())[-1][-1], y) for _, y, _, codes in batches(task, data, "val")]
-    fitted = NearestCentroid().fit(
-        torch.cat([c for c, _ in seen]).flatten(1).numpy(), torch.cat([y for _, y in seen]).numpy()
-    )
+    codes, y = torch.cat([c for c, _ in seen]).flatten(1).numpy(), torch.cat([y for _, y in seen]).numpy()
+    if not np.ptp(codes, axis=0).any():  # a dead code is as near to every class; scikit-learn refuses it
+        return torch.full((len(z),), int(y.min()))
+    fitted = NearestCentroid().fit(codes, y)
     return torch.from_numpy(np.asarray(fitted.predict(z.flatten(1).numpy()))).long()
 
 

@@ -58,9 +58,18 @@ def image_layer(model: nn.Module, pixels: int) -> tuple[str, SparseCoding] | Non
     for name, layer in sparse_layers(model).items():
         dictionary = None if layer.coder is None else layer.coder.dictionary
         on_maps = isinstance(dictionary, ConvDictionary) and dictionary.weight.shape[1] in (1, 3)
-        if on_maps or (isinstance(dictionary, DenseDictionary) and dictionary.num_features == pixels):
+        fits = on_maps or (isinstance(dictionary, DenseDictionary) and dictionary.num_features == pixels)
+        if fits and _comes_first(cast(SparseCoding, layer.coder), model):
             return name, cast(SparseCoding, layer.coder)
     return None
+
+
+def _comes_first(coder: SparseCoding, model: nn.Module) -> bool:
+    # Behind other weights it codes features, which may have as many values as the images: tokens of a transformer.
+    for module in model.modules():
+        if module is coder or any(p.ndim > 1 for p in module.parameters(recurse=False)):
+            return module is coder
+    return False
 
 
 def gallery(task: Task, data: Any, indices: Sequence[int]) -> Gallery:

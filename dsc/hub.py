@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dsc._names import unknown
 
+NO_ARGS: Mapping[str, Any] = MappingProxyType({})
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
@@ -99,19 +101,28 @@ def load_weights(model: nn.Module, folder: str | Path, skip: tuple[str, ...] = (
     model.load_state_dict(weights, strict=not skip)
 
 
-def start_from(model: nn.Module, folder: str | Path) -> list[str]:
+def start_from(model: nn.Module, folder: str | Path, activation: Mapping[str, Any] = NO_ARGS) -> list[str]:
     """Load a checkpoint folder's weights into a model whose head or activation may be another.
 
-    Returns the keys that keep their fresh values: those of the classifier and of activations' thresholds that differ
-    in name or shape. Raises ValueError as `load_weights` for any other difference.
+    Returns the keys that keep their fresh values: of the classifier those that differ in shape, and of activations'
+    thresholds likewise, or all of them where `activation` has arguments that the checkpoint's model was not given.
+    Raises ValueError as `load_weights` for any other difference.
     """
+    config = read_config(folder)
     saved = {key: value.shape for key, value in read_weights(folder).items()}
     own = {key: value.shape for key, value in model.state_dict().items()}
     differ = sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key))
-    classifier = f"{read_config(folder)['pretrained_cfg'].get('classifier')}."
-    fresh = [key for key in differ if key.startswith(classifier) or key.endswith("_threshold")]
+    fresh = [key for key in differ if key.startswith(head_prefixes(config)) or key.endswith("_threshold")]
+    if any(config["model_args"].get(key) != value for key, value in activation.items()):
+        fresh += [key for key in own if key.endswith("_threshold") and key not in fresh]
     load_weights(model, folder, skip=tuple(fresh))
     return [key for key in fresh if key in own]
+
+
+def head_prefixes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the classifier's keys start with: for one classifier, for several (timm's distilled models), or none."""
+    named = config["pretrained_cfg"].get("classifier") or ()
+    return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
 
 
 def check_free(folder: Path) -> None:

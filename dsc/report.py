@@ -43,6 +43,7 @@ def finish(run: Path, task: Task, data: Any, config: Mapping[str, Any]) -> dict[
 
 def measure(task: Task, data: Any, seed: int) -> tuple[dict[str, Any], Curves]:
     """Test figures (in full precision, whatever it was trained in) and convergence curves of the task's model."""
+    task.float()
     trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.test(task, data, verbose=False)
     curves = probe_curves(task, data)
@@ -149,9 +150,11 @@ def text(summary: Mapping[str, Any]) -> str:
     ]
     parts = [
         f"{summary['dataset']}, seed {summary['seed']}, {summary['parameters']:,} parameters",
-        "test " + ", ".join(head) + f", active fraction {test['sparsity/active_fraction/total']:.4f}",
-        table(["layer", *(c.replace("_", " ") for c in COLUMNS)], sparsity),
+        "test " + ", ".join(head),
     ]
+    if layers:
+        parts[-1] += f", active fraction {test['sparsity/active_fraction/total']:.4f}"
+        parts.append(table(["layer", *(c.replace("_", " ") for c in COLUMNS)], sparsity))
     if convergence:
         title = "relative error to the converged code after k steps, and the rate a step over the first 32:"
         parts += [title, table(["layer", "solver", *(f"k={k}" for k in DEPTHS), "rate"], convergence)]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
@@ -69,7 +69,7 @@ class Task(LightningModule):
         group_size, groups, threshold, learn_threshold: the activation's arguments.
         model_args: further arguments of the model, as `steps` or `channels`.
         initial_checkpoint: published name, or folder (as a run's `best`), of the weights to start from. The model's
-            head and activation may be others: what differs of the classifier and of thresholds starts afresh.
+            head and activation may be others: then the classifier and the thresholds start afresh.
         regularizers: penalties on the codes of the model's sparse layers (`dsc.regularizers`).
         optimizer: one of torch's or timm's, None for AdamW; weight decay reaches only parameters of two or more
             dimensions, and timm's Muon leaves the classifier to its fallback.
@@ -121,7 +121,7 @@ class Task(LightningModule):
         self.model = create_model(model, **self.model_args)
         self.starts_trained = bool(initial_checkpoint or self.model_args.get("pretrained"))
         if initial_checkpoint is not None:
-            fresh = hub.start_from(self.model, hub.locate(initial_checkpoint))
+            fresh = hub.start_from(self.model, hub.locate(initial_checkpoint), given)
             rank_zero_info(f"starts from {initial_checkpoint}" + (f"; afresh: {', '.join(fresh)}" if fresh else ""))
         self.regularizers = nn.ModuleList(regularizers)  # their state is the run's: a target's weight moves
         # As a default in the signature, AdamW would hand its weight decay on to whatever a configuration puts there.
@@ -380,7 +380,7 @@ class Reconstructor(Task):
 
 
 def _has_fixed_size(model: str) -> bool:
-    cfg = get_pretrained_cfg(model)
+    cfg = get_pretrained_cfg(split_model_name_tag(model)[0])
     return cfg is not None and bool(cfg.fixed_input_size)
 
 

@@ -169,6 +169,16 @@ def test_training_starts_from_a_checkpoint_of_another_head_or_activation(folder,
         assert torch.equal(value, fresh[key] if key in afresh else saved[key]), key
 
 
+@pytest.mark.parametrize("asked, kept", [({}, True), ({"group_size": 4}, True), ({"threshold": 0.3}, False)])
+def test_training_starts_with_the_threshold_that_was_asked_for(folder, model, asked, kept):
+    other = models.create_model("dsc_cnn", **ENTRIES["dsc_cnn"] | asked)
+    fresh = {key: value.clone() for key, value in other.state_dict().items() if key.endswith("threshold")}
+    afresh = hub.start_from(other, folder, asked)
+    assert afresh == ([] if kept else list(fresh)) and len(fresh) == 3
+    for key, value in fresh.items():
+        assert torch.equal(other.state_dict()[key], model.state_dict()[key] if kept else value), key
+
+
 def test_training_does_not_start_from_another_architecture(folder):
     deeper = models.create_model("dsc_cnn", **ENTRIES["dsc_cnn"] | {"channels": [8, 8, 24], "num_classes": 7})
     with pytest.raises(
@@ -177,6 +187,20 @@ def test_training_does_not_start_from_another_architecture(folder):
         hub.start_from(deeper, folder)
     with pytest.raises(ValueError, match="another architecture .dsc_cnn.: missing blocks.*; …"):
         hub.start_from(models.create_model("dsc_vit_pico"), folder)
+
+
+def test_several_heads_are_replaced_together(tmp_path):
+    args = dict(img_size=32, embed_dim=16, depth=1, num_heads=2, activation="relu")
+    name = "deit_tiny_distilled_patch16_224"
+    model = models.create_model(name, num_classes=4, **args)
+    cfg = {"num_classes": 4, "classifier": list(model.pretrained_cfg["classifier"]), "input_size": [3, 32, 32]}
+    folder = hub.save(model, tmp_path / "best", name, args | {"num_classes": 4}, cfg, FACTS)
+    loaded = models.load(folder, num_classes=7)
+    assert [head.out_features for head in loaded.get_classifier()] == [7, 7]
+    heads = [f"{head}.{part}" for head in ("head", "head_dist") for part in ("bias", "weight")]
+    assert hub.start_from(models.create_model(name, num_classes=7, **args), folder) == heads
+    for key in model.state_dict().keys() - set(heads):
+        assert torch.equal(loaded.state_dict()[key], model.state_dict()[key]), key
 
 
 def load_by_timm(folder, **kwargs):
@@ -197,16 +221,23 @@ def test_another_number_of_classes_replaces_the_head_alone(folder, model, load):
     assert torch.equal(loaded.eval().forward_features(x), model.forward_features(x))
 
 
+def test_a_tuple_is_the_list_that_was_saved(folder, model):
+    loaded = models.load(folder, channels=(8, 8, 16))
+    assert torch.equal(loaded.get_classifier().weight, model.get_classifier().weight)
+
+
 def test_number_of_classes_that_is_the_same_keeps_the_head(folder, model):
     head = models.load(folder, num_classes=4).get_classifier()
     assert torch.equal(head.weight, model.get_classifier().weight)
 
 
-@pytest.mark.parametrize("key, value", [("activation", "soft"), ("group_size", 2), ("channels", [4, 4, 4])])
+@pytest.mark.parametrize(
+    "key, value", [("activation", "soft"), ("group_size", 2), ("channels", [4, 4, 4]), ("threshold", 0.3)]
+)
 def test_argument_against_the_checkpoint_is_an_error(folder, key, value):
     with pytest.raises(ValueError, match=f"checkpoint best was trained with {key}=.*, not "):
         models.load(folder, **{key: value})
-    saved = ENTRIES["dsc_cnn"][key]
+    saved = ENTRIES["dsc_cnn"].get(key)
     assert models.load(folder, **{key: saved}) is not None
 
 

@@ -1,4 +1,3 @@
-import re
 import shutil
 
 import numpy as np
@@ -424,6 +423,31 @@ def test_swapped_activation_knows_where_the_channels_lie(name):
     assert len(seen) == len(model.swapped_activations) == len(set(seen))
 
 
+def test_what_makes_position_biases_keeps_its_activation():
+    shape = dict(img_size=32, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4)
+    model = make("swinv2_tiny_window8_256", activation="soft", num_classes=4, **shape)
+    assert model.swapped_activations == [f"layers.{i}.blocks.0.mlp.act" for i in range(2)]
+
+
+def test_channels_are_found_in_layers_inside_of_others():
+    model = make("levit_128s", activation="group_relu", group_size=4, num_classes=4, img_size=64).eval()
+    stem = [name for name in model.swapped_activations if name.startswith("stem")]
+    for name in model.swapped_activations:
+        assert model.get_submodule(name).dim == (1 if name in stem else -1), name
+    assert len(stem) == 3 and model(images(1, 3, 64, 64)).shape == (1, 4)
+
+
+def test_features_that_are_activations_stay_features():
+    torch.manual_seed(0)
+    plain = timm.create_model("legacy_xception", features_only=True).eval()
+    swapped = make("legacy_xception", activation="relu", features_only=True).eval()
+    x = images(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = plain(x)
+        assert len(expected) == 5
+        torch.testing.assert_close(swapped(x), expected)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"features_only": True}])
 def test_relu_for_relu_changes_nothing(kwargs):
     torch.manual_seed(0)
@@ -516,8 +540,9 @@ def test_pretrained_without_a_published_checkpoint(monkeypatch):
 
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_unknown_tag_is_an_error(pretrained):
-    with pytest.raises((ValueError, RuntimeError), match=re.compile("unknown checkpoint|tag", re.I)):
-        models.create_model("dsc_cnn.no_such_tag", pretrained=pretrained)
+    for name, near in (("dsc_cnn.mnist_rleu", "dsc_cnn.mnist_relu"), ("resnet18.a1_in2k", "resnet18.a1_in1k")):
+        with pytest.raises(ValueError, match=f"unknown checkpoint '{name}'; did you mean '{near}'"):
+            models.create_model(name, pretrained=pretrained)
 
 
 def test_plain_layers_have_a_bias_and_unrolled_ones_learn_their_threshold():

@@ -183,7 +183,39 @@ def test_a_film_is_absent_where_it_has_no_meaning(data):
     assert image_layer(bare.model, 3 * 32 * 32) is None
 
 
+def test_tokens_of_as_many_values_as_the_image_are_no_images(data):
+    transformer = Classifier(model="dsc_vit_pico", model_args=dict(depth=1), data=data)
+    assert transformer.model.blocks[0].coder.dictionary.num_features == 8 * 8
+    assert image_layer(transformer.model, 8 * 8) is None
+    shown = gallery(transformer, data, [0])
+    assert shown.film is None and shown.layer == "blocks.0.coder"
+
+
+def test_dead_codes_are_told_as_they_are(plain_data):
+    found = gather(autoencoder(plain_data, threshold=1e6), plain_data)
+    assert found.use == [0.0] * 24
+    assert [sum(row) for row in zip(*found.confusion, strict=True)][1:] == [0] * 9  # all are as near to every class
+
+
 # The page of a run
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_figures_are_taken_in_single_precision_whatever_the_training_s(data, dtype):
+    task = classifier(data).to(dtype)
+    summary, _ = report.measure(task, data, 0)
+    again, _ = report.measure(classifier(data), data, 0)
+    assert next(task.parameters()).dtype == torch.float32
+    assert summary["test"]["loss"] == pytest.approx(again["test"]["loss"], rel=1e-6 if dtype == torch.float64 else 0.05)
+
+
+def test_a_network_without_sparse_layers_is_told_without_them(data):
+    bare = Classifier(model="resnet10t", data=data)
+    summary, _ = report.measure(bare, data, 3)
+    lines = report.text(summary).splitlines()
+    parameters = sum(p.numel() for p in bare.model.parameters())
+    assert lines[0] == f"digits, seed 3, {parameters:,} parameters" and len(lines) == 3
+    assert lines[2].startswith(f"test accuracy: {summary['test']['accuracy']:.4f}") and "active" not in lines[2]
 
 
 def test_a_run_ends_with_its_page_and_is_measured_once(run, plain_data, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import is_model, model_entrypoint, split_model_name_tag
+from timm.models import is_model, is_model_pretrained, model_entrypoint, split_model_name_tag
 from torch import nn
 
 from dsc import hub
@@ -56,11 +56,15 @@ def create_model(
     if pretrained and (ours or published):
         return _load(hub.find(name if tag else _default_checkpoint(architecture)), given | kwargs)
     if ours:
+        if tag:
+            hub.find(name)  # timm's error for an unknown one names no other
         return timm.create_model(architecture, pretrained_cfg=tag or None, **given, **kwargs)
     if published:  # a backbone of timm's, which knows no such tag
         return create_model(architecture, **(hub.read_config(hub.find(name))["model_args"] | given | kwargs))
     if not is_model(architecture):
         raise ValueError(unknown("model", name, [*list_models(), *timm.list_models()])[:400] + " …")
+    if tag and not is_model_pretrained(name):
+        raise ValueError(unknown("checkpoint", name, timm.list_pretrained(f"{architecture}*")))
     if not model_entrypoint(architecture).__module__.startswith("timm."):  # a user's own, which knows its activation
         return timm.create_model(name, pretrained=pretrained, **given, **kwargs)
     if activation is None:
@@ -91,8 +95,7 @@ def _load(folder: Path, kwargs: dict[str, Any]) -> nn.Module:
     args = saved | kwargs
     model = create_model(config["architecture"], **args)
     new_head = args.get("num_classes", config["num_classes"]) != config["num_classes"]
-    classifier = config["pretrained_cfg"].get("classifier")
-    hub.load_weights(model, folder, skip=(f"{classifier}.",) if new_head and classifier else ())
+    hub.load_weights(model, folder, skip=hub.head_prefixes(config) if new_head else ())
     model.pretrained_cfg = {**model.pretrained_cfg, **config["pretrained_cfg"]}  # type: ignore[assignment,dict-item]
     return _features(create_model(config["architecture"], **args, **wrapper), model) if wrapper else model
 

@@ -193,10 +193,17 @@ def take_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 HEAD_ARGS = ("num_classes", "in_chans", "drop_rate", "pretrained_cfg")
+THRESHOLD_ARGS = ("threshold", "learn_threshold")
 
 
 def check_against(name: str, saved: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise ValueError where an argument asked for contradicts a checkpoint's saved ones."""
     for key, value in asked.items():
-        if key in saved and key not in HEAD_ARGS and saved[key] != value:
-            raise ValueError(f"checkpoint {name} was trained with {key}={saved[key]!r}, not {value!r}")
+        # A λ that the checkpoint was not given was its model's own, and the one asked for would be lost to its weights.
+        given = key in saved or (key in THRESHOLD_ARGS and value is not None)
+        if given and key not in HEAD_ARGS and _plain(saved.get(key)) != _plain(value):
+            raise ValueError(f"checkpoint {name} was trained with {key}={saved.get(key)!r}, not {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value  # JSON knows no tuples
