@@ -87,7 +87,9 @@ class CLI(LightningCLI):
         self.run_dir, self.ckpt_path = self._folder()
         where: dict[str, Any] = dict(save_dir=str(self.run_dir.parent), name="", version=self.run_dir.name)
         loggers = [CSVLogger(**where, flush_logs_every_n_steps=1), TensorBoardLogger(**where)]
-        callbacks = [*(self.config_init.trainer.callbacks or []), *self._checkpoints()]
+        own = self.config_init.trainer.callbacks or []
+        # Ours first: the trainer's checkpoint callback is the first one, and a user may add another.
+        callbacks = [*self._checkpoints(), *(own if isinstance(own, list) else [own])]
         return super().instantiate_trainer(**kwargs, logger=loggers, callbacks=callbacks)
 
     def _checkpoints(self) -> list[ModelCheckpoint]:

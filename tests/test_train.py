@@ -305,6 +305,20 @@ def test_the_library_s_configurations_are_found_from_any_folder(form, tmp_path, 
     assert cli_of([*form.split(), "--trainer.fast_dev_run", "true"]).model.architecture == "sae_deep"
 
 
+def test_callbacks_of_a_user_come_beside_the_run_s_own(tmp_path):
+    text = (ROOT / "configs/digits.yaml").read_text()
+    single = "trainer:\n  callbacks: {class_path: lightning.pytorch.callbacks.LearningRateMonitor}\n"
+    (tmp_path / "one.yaml").write_text(text.replace("trainer:\n", single))
+    another = [
+        "--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
+        "--trainer.callbacks.monitor=val/loss",
+    ]
+    for config, more, count in ((tmp_path / "one.yaml", [], 2), (ROOT / "configs/digits.yaml", another, 3)):
+        trainer = cli_of(["--config", str(config), "--runs", str(tmp_path), *more]).trainer
+        assert trainer.checkpoint_callback.monitor == "val/accuracy"  # whose best weights a run keeps
+        assert len(trainer.checkpoint_callbacks) == count
+
+
 def test_help_says_what_each_command_does(capsys):
     main(["--help"])
     shown = capsys.readouterr().out
