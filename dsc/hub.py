@@ -46,10 +46,11 @@ def locate(name: str | Path) -> Path:
 def default_checkpoint(architecture: str) -> str | None:
     """Published checkpoint that an architecture's untagged name stands for; None without any.
 
-    The first by name, a plain twin (`<architecture>.<data>_plain`) only where there is no other.
+    The one whose tag has the fewest words, as `<data>_<activation>`, and of several the first by name; a plain twin
+    (`<data>_plain`) only where there is no other.
     """
     names = [name for name in checkpoint_folders() if name.split(".")[0] == architecture]
-    return min(names, key=lambda name: (name.endswith("_plain"), name), default=None)
+    return min(names, key=lambda name: (name.endswith("_plain"), name.count("_"), name), default=None)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

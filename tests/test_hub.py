@@ -360,7 +360,7 @@ assert models.create_model("dsc_cnn").num_classes == 10, "a published checkpoint
 
 
 def test_a_plain_twin_is_no_default(tmp_path, monkeypatch):
-    names = ["dsc_cnn.a_plain", "dsc_cnn.b_relu", "dsc_cnn.c_relu", "gsae.a_plain"]
+    names = ["dsc_cnn.a_plain", "dsc_cnn.a_group_relu", "dsc_cnn.b_relu", "dsc_cnn.c_relu", "gsae.a_plain"]
     monkeypatch.setattr(hub, "checkpoint_folders", lambda: dict.fromkeys(names, tmp_path))
     assert hub.default_checkpoint("dsc_cnn") == "dsc_cnn.b_relu"
     assert hub.default_checkpoint("gsae") == "gsae.a_plain" and hub.default_checkpoint("sae") is None
