@@ -543,6 +543,7 @@ def test_unknown_tag_is_an_error(pretrained):
     for name, near in (("dsc_cnn.mnist_rleu", "dsc_cnn.mnist_relu"), ("resnet18.a1_in2k", "resnet18.a1_in1k")):
         with pytest.raises(ValueError, match=f"unknown checkpoint '{name}'; did you mean '{near}'"):
             models.create_model(name, pretrained=pretrained)
+    assert models.create_model("convnext_atto_rms.untrained", num_classes=4).num_classes == 4  # a tag without weights
 
 
 def test_plain_layers_have_a_bias_and_unrolled_ones_learn_their_threshold():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import is_model, is_model_pretrained, model_entrypoint, split_model_name_tag
+from timm.models import get_pretrained_cfg, is_model, model_entrypoint, split_model_name_tag
 from torch import nn
 
 from dsc import hub
@@ -63,8 +63,10 @@ def create_model(
         return create_model(architecture, **(hub.read_config(hub.find(name))["model_args"] | given | kwargs))
     if not is_model(architecture):
         raise ValueError(unknown("model", name, [*list_models(), *timm.list_models()])[:400] + " …")
-    if tag and not is_model_pretrained(name):
-        raise ValueError(unknown("checkpoint", name, timm.list_pretrained(f"{architecture}*")))
+    try:
+        get_pretrained_cfg(name)
+    except RuntimeError:
+        raise ValueError(unknown("checkpoint", name, timm.list_pretrained(f"{architecture}*"))) from None
     if not model_entrypoint(architecture).__module__.startswith("timm."):  # a user's own, which knows its activation
         return timm.create_model(name, pretrained=pretrained, **given, **kwargs)
     if activation is None:
