@@ -18,7 +18,7 @@ from dsc import hub, measures
 from dsc.dictionaries import Dictionary
 from dsc.layers import SparseCoding
 from dsc.metrics import ClusterAccuracy, SparsityMetrics, convergence
-from dsc.models import create_model
+from dsc.models import create_model, list_models
 from dsc.observe import Observer
 from dsc.regularizers import Regularizer
 
@@ -120,6 +120,11 @@ class Task(LightningModule):
         self.model_args = given | size | (model_args or {}) | self.shape_args(data)
         self.model = create_model(model, **self.model_args)
         self.starts_trained = bool(initial_checkpoint or self.model_args.get("pretrained"))
+        if self.model_args.pop("pretrained", False) and model in list_models():
+            # What is kept of the run builds the network alone, with what an untagged name's checkpoint was made with.
+            self.model_args = (
+                hub.read_config(hub.find(str(hub.default_checkpoint(model))))["model_args"] | self.model_args
+            )
         if initial_checkpoint is not None:
             fresh = hub.start_from(self.model, hub.locate(initial_checkpoint), given)
             rank_zero_info(f"starts from {initial_checkpoint}" + (f"; afresh: {', '.join(fresh)}" if fresh else ""))

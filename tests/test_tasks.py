@@ -13,7 +13,7 @@ from torch import nn
 
 from dsc.cli import cli_of, train
 from dsc.data import ImageData
-from dsc.models import load
+from dsc.models import create_model, load
 from dsc.models.speed import whitening_atoms
 from dsc.regularizers import L1
 from dsc.report import read_metrics
@@ -255,6 +255,17 @@ def test_a_run_may_start_from_the_best_weights_of_another(tmp_path):
         assert torch.equal(before[key], after[key]), key
     kept = yaml.safe_load((Path(second["run"]) / "config.yaml").read_text())
     assert kept["model"]["init_args"]["initial_checkpoint"] == str(first)
+
+
+def test_a_pretrained_start_is_no_argument_of_the_network_that_is_kept():
+    data = ImageData("mnist")
+    task = Reconstructor(model="gsae", model_args={"pretrained": True}, data=data)
+    published = load("checkpoints/gsae.mnist_group_relu")
+    assert task.starts_trained and "pretrained" not in task.model_args
+    again = create_model(task.architecture, **task.model_args)
+    again.load_state_dict(task.model.state_dict())
+    x = torch.rand(2, 1, 28, 28)
+    assert torch.equal(again.eval()(x), published.eval()(x))  # λ too, which is in no weight
 
 
 def test_autoencoders_start_from_the_training_images_if_told_to(digits):
