@@ -126,7 +126,7 @@ def cli_of(args: Sequence[str]) -> CLI:
     _quiet()
     if not any(a == "--config" or a.startswith("--config=") or a in ("-c", "-h", "--help") for a in args):
         args = ["--config", DEFAULT_CONFIG, *args]
-    args = [f"--config={_config(a[9:])}" if a.startswith("--config=") else a for a in args]
+    args = [part for a in args for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     args = [_config(a) if before in ("--config", "-c") else a for before, a in zip(["", *args], args, strict=False)]
     return CLI(
         model_class=Task,
@@ -222,8 +222,6 @@ def evaluate(args: Sequence[str]) -> None:
         folder = hub.locate(name)
         summary, curves = report.measure_checkpoint(folder, parsed.root)
         print(f"{folder.name}: {report.text(summary)}\n")
-        if parsed.picture and not curves:
-            raise ValueError(f"{folder.name} has no layer of several steps: there is no convergence to draw")
         if parsed.picture:
             figures.convergence_figure(curves).savefig(parsed.picture, dpi=120)
         report.compare(summary["test"], hub.read_config(folder)["dsc"]["metrics"])

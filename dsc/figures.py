@@ -87,7 +87,12 @@ def _colors(count: int) -> Iterable[object]:
 
 
 def convergence_figure(curves: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """Relative error to the converged code against the solver's step, a panel a layer, log scale."""
+    """Relative error to the converged code against the solver's step, a panel a layer, log scale.
+
+    Raises ValueError without any layer.
+    """
+    if not curves:
+        raise ValueError("there is no layer of several steps, hence no convergence to draw")
     figure = Figure(figsize=(min(4.2 * len(curves), 13) + 0.5, 3.4 * -(-len(curves) // 3)), layout="constrained")
     grid = figure.subplots(-(-len(curves) // 3), min(3, len(curves)), squeeze=False, sharey=True).flatten()
     for axes, (layer, by_solver) in zip(grid, curves.items(), strict=False):

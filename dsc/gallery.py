@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +56,13 @@ class Gallery:
 def image_layer(model: nn.Module, pixels: int) -> tuple[str, SparseCoding] | None:
     """Name and layer of the first dictionary that lives on images of so many values, or None."""
     for name, layer in sparse_layers(model).items():
-        dictionary = None if layer.coder is None else layer.coder.dictionary
+        if layer.coder is None:
+            continue
+        dictionary = layer.coder.dictionary
         on_maps = isinstance(dictionary, ConvDictionary) and dictionary.weight.shape[1] in (1, 3)
         fits = on_maps or (isinstance(dictionary, DenseDictionary) and dictionary.num_features == pixels)
-        if fits and _comes_first(cast(SparseCoding, layer.coder), model):
-            return name, cast(SparseCoding, layer.coder)
+        if fits and _comes_first(layer.coder, model):
+            return name, layer.coder
     return None
 
 

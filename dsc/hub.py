@@ -87,7 +87,11 @@ def load_weights(model: nn.Module, folder: str | Path, skip: tuple[str, ...] = (
 
     Raises ValueError naming the missing, unexpected and differently shaped keys.
     """
-    weights = {k: v for k, v in read_weights(folder).items() if not k.startswith(skip or ("\0",))}
+    _put(read_weights(folder), model, folder, skip)
+
+
+def _put(weights: dict[str, Tensor], model: nn.Module, folder: str | Path, skip: tuple[str, ...]) -> None:
+    weights = {k: v for k, v in weights.items() if not k.startswith(skip or ("\0",))}
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(skip or ("\0",))}
     problems = [f"missing {key}" for key in own.keys() - weights.keys()]
     problems += [f"unexpected {key}" for key in weights.keys() - own.keys()]
@@ -109,14 +113,14 @@ def start_from(model: nn.Module, folder: str | Path, activation: Mapping[str, An
     thresholds likewise, or all of them where `activation` has arguments that the checkpoint's model was not given.
     Raises ValueError as `load_weights` for any other difference.
     """
-    config = read_config(folder)
-    saved = {key: value.shape for key, value in read_weights(folder).items()}
+    config, weights = read_config(folder), read_weights(folder)
+    saved = {key: value.shape for key, value in weights.items()}
     own = {key: value.shape for key, value in model.state_dict().items()}
     differ = sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key))
     fresh = [key for key in differ if key.startswith(head_prefixes(config)) or key.endswith("_threshold")]
     if any(config["model_args"].get(key) != value for key, value in activation.items()):
         fresh += [key for key in own if key.endswith("_threshold") and key not in fresh]
-    load_weights(model, folder, skip=tuple(fresh))
+    _put(weights, model, folder, tuple(fresh))
     return [key for key in fresh if key in own]
 
 

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
 from torch.nn import functional as F
 
-from dsc import cli, hub, report
+from dsc import cli, figures, hub, report
 from dsc.data import ImageData
 from dsc.details import atom_use, clusters, gather
 from dsc.gallery import gallery, image_layer
@@ -189,6 +189,12 @@ def test_tokens_of_as_many_values_as_the_image_are_no_images(data):
     assert image_layer(transformer.model, 8 * 8) is None
     shown = gallery(transformer, data, [0])
     assert shown.film is None and shown.layer == "blocks.0.coder"
+
+
+def test_a_network_of_single_steps_has_no_convergence_to_draw(data):
+    curves = report.probe_curves(classifier(data, steps=1), data)
+    with pytest.raises(ValueError, match="no layer of several steps"):
+        figures.convergence_figure(curves)
 
 
 def test_dead_codes_are_told_as_they_are(plain_data):

@@ -277,6 +277,11 @@ def test_autoencoders_start_from_the_training_images_if_told_to(digits):
         torch.testing.assert_close(group.mT @ group, leading.mT @ leading, atol=1e-4, rtol=0)
 
 
+def test_a_task_takes_a_published_backbone_by_its_name():
+    task = Classifier(model="resnet18.cifar10_group_relu_nonneg", data=ImageData("cifar10"))
+    assert task.model.num_classes == 10 and len(task.model.swapped_activations) == 17
+
+
 def test_models_of_fixed_size_learn_the_images_size(digits):
     task = classifier(digits, model="dsc_mlp_pico", model_args={})
     assert task.model(digits.sample(3)).shape == (3, 10)
