@@ -13,7 +13,7 @@ from torch import Tensor
 from dsc._names import unknown
 from dsc.activations import PROX, create_activation, list_activations
 from dsc.active_set import STALLED_BELOW, ActiveSet
-from dsc.dictionaries import DenseDictionary, Dictionary
+from dsc.dictionaries import ConvDictionary, DenseDictionary, Dictionary
 from dsc.layers import SparseCoding
 from dsc.prox import Prox
 from dsc.solvers import FISTA, ConvergenceWarning
@@ -47,7 +47,8 @@ def sparse_encode(
     obeys ``(P − P*)/P ≤ tol``, with P* the least there is.
 
     Args:
-        x: signals (signals, features), or images (signals, channels, h, w) for a convolutional dictionary.
+        x: signals (signals, features), images (signals, channels, h, w) for a convolutional dictionary, or batches of
+            what a dictionary of your own analyzes.
         dictionary: atoms as rows, (atoms, features), of any norm, as scikit-learn has them; or a `Dictionary`.
         threshold: λ > 0: a number, or one value an atom (a group, for group prox).
         prox: Ω: the name of a convex prox, or such a module, which has its own λ.
@@ -83,7 +84,10 @@ def sparse_encode(
         dictionary = dictionary.weight.detach()
     if isinstance(dictionary, Dictionary):
         coder = SparseCoding(copy.deepcopy(dictionary), omega).to(signals).eval()  # in steps of the certified 1/L
-        _check_images(signals, coder.dictionary)
+        if isinstance(dictionary, ConvDictionary):
+            _check_images(signals, dictionary)
+        _check_finite("signal", signals)
+        _check_finite("atom", dictionary.weight)
         codes, gaps = _encode_by_steps(signals, coder, tol)
     else:
         atoms = _tensor(dictionary, "the dictionary").to(signals)
@@ -145,12 +149,10 @@ def _check(signals: Tensor, atoms: Tensor, omega: Prox) -> None:
     omega.penalty(atoms.new_zeros(1, len(atoms)))  # says what is wrong with groups or a threshold of the wrong size
 
 
-def _check_images(signals: Tensor, dictionary: Dictionary) -> None:
+def _check_images(signals: Tensor, dictionary: ConvDictionary) -> None:
     channels = dictionary.weight.shape[1]
     if signals.ndim != 4 or signals.shape[1] != channels:
         raise ValueError(f"signals must be images (signals, {channels}, height, width), got {tuple(signals.shape)}")
-    _check_finite("signal", signals)
-    _check_finite("atom", dictionary.weight)
 
 
 def _check_finite(name: str, values: Tensor) -> None:

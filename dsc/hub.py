@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dsc._names import unknown
+from dsc.observe import activation_name
 
 NO_ARGS: Mapping[str, Any] = MappingProxyType({})
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -110,7 +111,8 @@ def start_from(model: nn.Module, folder: str | Path, activation: Mapping[str, An
     """Load a checkpoint folder's weights into a model whose head or activation may be another.
 
     Returns the keys that keep their fresh values: of the classifier those that differ in shape, and of activations'
-    thresholds likewise, or all of them where `activation` has arguments that the checkpoint's model was not given.
+    thresholds likewise, or all of them where the activation is another than the checkpoint's or `activation`, the
+    arguments it was asked for with, has some that the checkpoint's was not given.
     Raises ValueError as `load_weights` for any other difference.
     """
     config, weights = read_config(folder), read_weights(folder)
@@ -118,7 +120,9 @@ def start_from(model: nn.Module, folder: str | Path, activation: Mapping[str, An
     own = {key: value.shape for key, value in model.state_dict().items()}
     differ = sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key))
     fresh = [key for key in differ if key.startswith(head_prefixes(config)) or key.endswith("_threshold")]
-    if any(config["model_args"].get(key) != value for key, value in activation.items()):
+    arguments = {key: value for key, value in activation.items() if key != "activation"}
+    another = activation_name(model) != config["dsc"]["activation"]
+    if another or any(config["model_args"].get(key) != value for key, value in arguments.items()):
         fresh += [key for key in own if key.endswith("_threshold") and key not in fresh]
     _put(weights, model, folder, tuple(fresh))
     return [key for key in fresh if key in own]

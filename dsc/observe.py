@@ -36,6 +36,12 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     return {name or type(model).__name__: layer for name, layer in found.items()}
 
 
+def activation_name(model: nn.Module) -> str:
+    """Names of the model's activations, as `GroupReLU`."""
+    kinds = {getattr(layer.prox, "function", layer.prox) for layer in sparse_layers(model).values()}
+    return ", ".join(sorted({type(kind).__name__ for kind in kinds})) or "none"
+
+
 class Observer:
     """Keeps each sparse layer's codes of the latest forward; a context manager, or until `remove`.
 

@@ -3,8 +3,9 @@
 Each is a mean over entries, so one weight means the same at every width, image size and batch.
 """
 
+from collections.abc import Callable
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,10 @@ class Regularizer(nn.Module):
             self._adapt(self.target, observer, names)
         return self.weight_at(progress) * torch.stack(terms).sum()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Moved with the model, but never rounded with it: in bfloat16 the weight's small steps would be lost.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
     def weight_at(self, progress: float) -> Tensor:
         """The weight in use at that fraction of the run, a scalar."""
         weight = self.weight if self.target is None else self.weight * self.active**DAMPING
@@ -99,7 +104,7 @@ class Regularizer(nn.Module):
                     "a penalty; take an activation with a threshold, such as relu, soft or group_relu"
                 )
         fractions = [_active(z, layer) for z, layer in _codes(observer, names)]
-        self.active.lerp_(torch.stack(fractions).mean(), 1 / WINDOW)
+        self.active.lerp_(torch.stack(fractions).mean().to(self.active), 1 / WINDOW)
         error = (self.active / target - 1).clamp(-1, 1)
         self.weight.mul_((RATE * error).exp())
 

@@ -18,7 +18,7 @@ from dsc.dictionaries import ConvDictionary, DenseDictionary
 from dsc.figures import Logged
 from dsc.gallery import DEPTHS, gallery, image_layer
 from dsc.metrics import Curves, convergence_curves, curve_figures
-from dsc.observe import sparse_layers
+from dsc.observe import activation_name
 from dsc.page import QUALITIES, Source, page
 from dsc.tasks import Classifier, Reconstructor, Task
 
@@ -130,12 +130,6 @@ def save_best(run: Path, task: Task, data: Any, summary: dict[str, Any], config:
     }
     cfg = {key: value for key, value in cfg.items() if value is not None or key == "classifier"}
     return hub.save(task.model, runs.fresh(run / "best"), task.architecture, task.model_args, cfg, facts)
-
-
-def activation_name(model: nn.Module) -> str:
-    """Names of the model's activations, as `GroupReLU`."""
-    kinds = {getattr(layer.prox, "function", layer.prox) for layer in sparse_layers(model).values()}
-    return ", ".join(sorted({type(kind).__name__ for kind in kinds})) or "none"
 
 
 def text(summary: Mapping[str, Any]) -> str:

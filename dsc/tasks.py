@@ -1,7 +1,7 @@
 """What is trained: `Classifier` (images to classes) and `Reconstructor` (images to themselves)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,7 +10,7 @@ from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -21,43 +21,12 @@ from dsc.metrics import ClusterAccuracy, SparsityMetrics, convergence
 from dsc.models import create_model, list_models
 from dsc.observe import Observer
 from dsc.regularizers import Regularizer
+from dsc.schedules import OneCycle
 
 Schedule = Callable[[Optimizer, int], LRScheduler]
 PROBE_IMAGES = 16
 EPOCHS_FOR_RATE = 5
 INITIAL_IMAGES = 5000  # shown to models that start from data
-
-
-class OneCycle(OneCycleLR):
-    """Torch's one-cycle schedule with its peak at the optimizer's own learning rate.
-
-    Args:
-        total_steps: optimizer steps of the whole run; the task fills them in.
-        warmup: fraction of the run in which the rate rises to its peak.
-        anneal: "cos" or "linear".
-    """
-
-    def __init__(
-        self, optimizer: Optimizer, total_steps: int, warmup: float = 0.2, anneal: Literal["cos", "linear"] = "linear"
-    ) -> None:
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        super().__init__(
-            optimizer,
-            peaks,
-            total_steps,
-            pct_start=warmup if warmup * total_steps > 1 else 0.0,  # torch divides by zero in a rise of one step
-            anneal_strategy=anneal,
-            cycle_momentum=False,
-        )
-
-
-class Steps(StepLR):
-    """The rate times `gamma` each time that another `every` of the run (a fraction of it) is over."""
-
-    def __init__(self, optimizer: Optimizer, total_steps: int, every: float = 0.3, gamma: float = 0.2) -> None:
-        if not 0 < every <= 1:
-            raise ValueError(f"every is a fraction of the run in (0, 1], got {every}")
-        super().__init__(optimizer, max(1, round(every * total_steps)), gamma)
 
 
 class Task(LightningModule):
@@ -141,6 +110,7 @@ class Task(LightningModule):
         self.sparsity = nn.ModuleDict({stage: SparsityMetrics(self.observer.layers) for stage in ("val", "test")})
         self.quality: nn.ModuleDict = nn.ModuleDict()
         self.epoch_losses: list[float] = []
+        self._planned_steps: float | None = None
         self._loss_sum = torch.zeros(())
         self._dictionaries_before: dict[str, Tensor] = {}
 
@@ -201,9 +171,16 @@ class Task(LightningModule):
         starts_from_images = getattr(self.model, "starts_from_images", False)
         if stage == "fit" and starts_from_images and not self.starts_trained:
             images = self.trainer.datamodule.sample(INITIAL_IMAGES)  # type: ignore[attr-defined]
-            self.model.initialize(images)  # type: ignore[operator]
+            self.model.initialize(images.float())  # type: ignore[operator]
 
     def on_fit_start(self) -> None:
+        steps = self.trainer.estimated_stepping_batches  # infinite for a run that only its time ends
+        if self.make_schedule is not None and self._planned_steps not in (None, steps):
+            raise ValueError(
+                f"the run was planned for {self._planned_steps} steps and is resumed for {steps}, which its learning "
+                "rates do not fit: give the same trainer.max_epochs (and data), or train on in a new run that starts "
+                "from its weights, --model.initial_checkpoint RUN/best"
+            )
         # Drawn anew for each epoch, so that a resumed run draws what the unbroken one would have.
         self._seed = torch.initial_seed()
         if self.keep_norms and not self.norms:  # a resumed run has loaded them
@@ -236,13 +213,13 @@ class Task(LightningModule):
     def on_validation_epoch_start(self) -> None:
         for dictionary in self._dictionaries().values():  # averaged weights may have taken the place of the trained
             dictionary.remeasure()
+        if not self.trainer.sanity_checking:  # here, as averaged weights are gone again at the epoch's end
+            self.log_dict({f"convergence/{k}": v for k, v in self._convergence().items()})
 
     def on_validation_epoch_end(self) -> None:
         figures = self._sparsity_figures("val")
         self.log("active", figures.get("sparsity/active_fraction/total", 1.0), logger=False, prog_bar=True)
         self.log_dict(figures)
-        if not self.trainer.sanity_checking:
-            self.log_dict({f"convergence/{k}": v for k, v in self._convergence().items()})
 
     def on_test_epoch_end(self) -> None:
         self.log_dict({f"test/{k}": v for k, v in self._sparsity_figures("test").items()})
@@ -288,9 +265,11 @@ class Task(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["epoch_losses"], checkpoint["norms"] = self.epoch_losses, self.norms
+        checkpoint["planned_steps"] = self.trainer.estimated_stepping_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.epoch_losses, self.norms = list(checkpoint["epoch_losses"]), dict(checkpoint.get("norms", {}))
+        self._planned_steps = checkpoint.get("planned_steps")
 
 
 class Classifier(Task):

@@ -16,7 +16,7 @@ import dsc.active_set
 import dsc.encode
 from dsc.activations import create_activation
 from dsc.active_set import ActiveSet
-from dsc.dictionaries import ConvDictionary, DenseDictionary
+from dsc.dictionaries import ConvDictionary, DenseDictionary, Dictionary
 from dsc.encode import sparse_encode
 from dsc.solvers import FISTA, ConvergenceWarning
 
@@ -267,6 +267,30 @@ def test_a_convolution_that_does_not_reach_the_tolerance_is_warned_of(monkeypatc
     monkeypatch.setattr(dsc.encode, "BLOCKS", 1)
     with pytest.warns(ConvergenceWarning, match=r"3 of 3 signals .* tol=1e-10: the farthest is at \d"):
         sparse_encode(x, dictionary, 0.1, tol=1e-10)
+
+
+class Reversed(Dictionary):
+    """Signals (…, features) read backwards, over atoms as rows."""
+
+    def synthesize(self, z, size=None):
+        return (z @ self.weight).flip(-1)
+
+    def analyze(self, x):
+        return x.flip(-1) @ self.weight.T
+
+    def lipschitz(self):
+        return torch.linalg.matrix_norm(self.weight, 2).square()
+
+
+def test_a_dictionary_of_ones_own_is_served():
+    torch.manual_seed(0)
+    dictionary, x = Reversed(torch.randn(12, 5, dtype=torch.float64)), gaussian(4, 5)
+    atoms = dictionary.weight.detach().flip(-1)
+    found, gaps = sparse_encode(x, dictionary, 0.1, tol=1e-10, return_gap=True)
+    assert gaps.max() <= 1e-10
+    torch.testing.assert_close(found @ atoms, sparse_encode(x, atoms, 0.1, tol=1e-10) @ atoms, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="signal 1 has values that are not finite"):
+        sparse_encode(torch.where(torch.arange(4)[:, None] == 1, torch.nan, x), dictionary, 0.1)
 
 
 def test_single_precision_convolutions_are_finished_in_double():

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import os
@@ -177,6 +178,24 @@ def test_training_starts_with_the_threshold_that_was_asked_for(folder, model, as
     assert afresh == ([] if kept else list(fresh)) and len(fresh) == 3
     for key, value in fresh.items():
         assert torch.equal(other.state_dict()[key], model.state_dict()[key] if kept else value), key
+
+
+def test_thresholds_of_another_activation_start_afresh(tmp_path):
+    shape = {key: value for key, value in ENTRIES["dsc_cnn"].items() if key not in ("activation", "group_size")}
+    args = shape | {"activation": "soft"}
+    folder = save(trained("dsc_cnn", args), tmp_path / "best", "dsc_cnn", args, activation="Soft")
+    own = models.create_model("dsc_cnn", **shape)
+    assert hub.start_from(own, folder) == [key for key in own.state_dict() if key.endswith("threshold")] != []
+    assert hub.start_from(models.create_model("dsc_cnn", **args), folder, {"activation": "soft"}) == []
+
+
+def test_more_steps_of_a_trained_layer_may_be_asked_for():
+    name = "checkpoints/dsc_cnn.mnist_relu"
+    x = torch.rand(2, 1, 28, 28)
+    few, more = (models.load(name, **args).eval() for args in ({}, {"steps": 9}))
+    assert few.coder.solver.steps == 3 and not torch.equal(few(x), more(x))
+    few.coder.solver = dataclasses.replace(few.coder.solver, steps=9)
+    assert torch.equal(few(x), more(x))
 
 
 def test_training_does_not_start_from_another_architecture(folder):

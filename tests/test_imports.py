@@ -27,7 +27,7 @@ ROWS = [
     ["catalogue", "export", "predict"],
     ["models"],
     ["hub"],
-    ["metrics", "regularizers"],
+    ["metrics", "regularizers", "schedules"],
     ["observe"],
     ["blocks"],
     ["dictionary_learning", "theory"],

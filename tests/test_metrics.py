@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsc import models, report
+from dsc import models, observe, report
 from dsc.activations import create_activation
 from dsc.dictionaries import DenseDictionary
 from dsc.layers import SparseCoding
@@ -251,7 +251,7 @@ def test_figures_that_miss_the_card_are_named():
     ],
 )
 def test_activation_of_a_model_by_name(name, kwargs, expected):
-    assert report.activation_name(models.create_model(name, **kwargs)) == expected
+    assert observe.activation_name(models.create_model(name, **kwargs)) == expected
 
 
 def test_atoms_of_the_first_layer_are_its_images():

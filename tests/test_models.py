@@ -437,6 +437,21 @@ def test_channels_are_found_in_layers_inside_of_others():
     assert len(stem) == 3 and model(images(1, 3, 64, 64)).shape == (1, 4)
 
 
+def test_tokens_that_are_a_map_for_a_moment_are_told_apart():
+    shape = dict(depths=(1, 1), embed_dims=(8, 16), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(1, 1))
+    model = make("pvt_v2_b2_li", activation="soft", num_classes=4, **shape).eval()
+    seen = {}
+    for name in model.swapped_activations:
+        prox = model.get_submodule(name)
+        prox.register_forward_pre_hook(
+            lambda prox, args, n=name: seen.update({n: (args[0].ndim, args[0].shape[prox.dim])})
+        )
+    model(images(1, 3, 32, 32))
+    for stage, hidden in enumerate((16, 32)):
+        mlp = f"stages.{stage}.blocks.0.mlp"
+        assert seen[f"{mlp}.relu"] == (4, hidden) and seen[f"{mlp}.act"] == (3, hidden)
+
+
 def test_features_that_are_activations_stay_features():
     torch.manual_seed(0)
     plain = timm.create_model("legacy_xception", features_only=True).eval()

@@ -13,11 +13,13 @@ from torch import nn
 
 from dsc.cli import cli_of, train
 from dsc.data import ImageData
+from dsc.metrics import convergence
 from dsc.models import create_model, load
 from dsc.models.speed import whitening_atoms
 from dsc.regularizers import L1
 from dsc.report import read_metrics
-from dsc.tasks import Classifier, OneCycle, Reconstructor, Steps, views
+from dsc.schedules import OneCycle, Steps
+from dsc.tasks import PROBE_IMAGES, Classifier, Reconstructor, views
 
 SMALL = {"channels": (4, 4, 8)}
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -223,6 +225,10 @@ def test_validation_of_averaged_weights_is_that_of_the_model_they_make(tmp_path)
     logged = read_metrics(Path(summary["run"]))
     best = max(range(2), key=lambda epoch: logged["val/accuracy"][epoch][1])
     assert logged["val/loss"][best][1] == pytest.approx(expected, rel=1e-4)
+    figures = convergence(kept, data.probe(PROBE_IMAGES))
+    assert figures
+    for name, value in figures.items():
+        assert logged[f"convergence/{name}"][best][1] == pytest.approx(value, rel=1e-3), name
 
 
 def test_a_run_that_ends_before_its_first_validation_keeps_its_last_weights(tmp_path):
@@ -275,6 +281,22 @@ def test_autoencoders_start_from_the_training_images_if_told_to(digits):
     leading = torch.linalg.svd(digits.sample(5000).flatten(1), full_matrices=False).Vh[:10]
     for group in task.model.coder.dictionary.weight.detach().split(10):
         torch.testing.assert_close(group.mT @ group, leading.mT @ leading, atol=1e-4, rtol=0)
+
+
+def test_a_run_in_bfloat16_starts_from_the_training_images_and_holds_its_target(tmp_path):
+    args = ["--model", "dsc.tasks.Reconstructor", "--model.model", "gsae", "--trainer.precision", "bf16-true"]
+    args += [
+        "--model.activation",
+        "group_relu",
+        "--model.model_args",
+        "{num_atoms: 20, group_size: 10, initial: singular}",
+    ]
+    target = ["--model.regularizers+=dsc.regularizers.L1", "--model.regularizers.weight=0.001"]
+    run(tmp_path, *args, *target, "--model.regularizers.target=0.01")
+    state = torch.load(tmp_path / "digits/1/resume/last.ckpt", weights_only=True)["state_dict"]
+    assert state["model.coder.dictionary.weight"].dtype == torch.bfloat16
+    # Four steps of two per cent, as the code stays far denser than the target.
+    assert state["regularizers.0.weight"].item() == pytest.approx(0.001 * np.exp(0.02 * 4), rel=1e-6)
 
 
 def test_a_task_takes_a_published_backbone_by_its_name():

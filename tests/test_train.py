@@ -219,6 +219,21 @@ def test_resume_after_a_kill_gives_the_weights_of_an_unbroken_run(tmp_path):
     assert logged[0] == logged[1]
 
 
+def test_a_run_is_not_resumed_for_another_length(tmp_path, capsys):
+    train(tmp_path, "--trainer.max_epochs", "1")
+    longer = ["--runs", str(tmp_path), *QUICK, "--trainer.max_epochs", "2", "--ckpt_path", "last"]
+    message = failure(capsys, *longer)
+    assert "planned for 4 steps and is resumed for 8" in message and "--model.initial_checkpoint" in message
+
+
+def test_a_run_without_a_schedule_may_be_prolonged(tmp_path):
+    rate = ["--model.lr_scheduler", "null"]
+    train(tmp_path, *rate, "--trainer.max_epochs", "1")
+    train(tmp_path, *rate, "--trainer.max_epochs", "2", "--ckpt_path", "last")
+    kept = torch.load(tmp_path / "digits/1/resume/last.ckpt", weights_only=True)
+    assert kept["global_step"] == 8 and len(kept["epoch_losses"]) == 2
+
+
 def test_every_epoch_can_be_continued_from_and_the_best_is_kept(tmp_path):
     train(tmp_path, "--trainer.max_epochs", "3", "--model.optimizer.init_args.lr", "0")  # no epoch beats the first
     kept = tmp_path / "digits/1/resume"

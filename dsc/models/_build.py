@@ -197,7 +197,10 @@ THRESHOLD_ARGS = ("threshold", "learn_threshold")
 
 
 def check_against(name: str, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise ValueError where an argument asked for contradicts a checkpoint's saved ones."""
+    """Raise ValueError where an argument asked for contradicts a checkpoint's saved ones.
+
+    What its training left at a default may be given: more steps of a trained layer, say, or another solver.
+    """
     for key, value in asked.items():
         # A λ that the checkpoint was not given was its model's own, and the one asked for would be lost to its weights.
         given = key in saved or (key in THRESHOLD_ARGS and value is not None)

@@ -2,6 +2,7 @@
 
 import timm
 from timm.layers import get_act_layer
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import nn
 
 from dsc.models._build import Act
@@ -54,6 +55,8 @@ def _is_no_feature(name: str) -> bool:
 
 
 def _channel_dim(owner: nn.Module, activation: str) -> int:
+    if isinstance(owner, MlpWithDepthwiseConv):  # `relu` is on the map of its convolution, `act` on tokens again
+        return 1 if activation == "relu" else -1
     # The nearest layer before the activation says how channels lie; failing that, the nearest one after it.
     names = [name for name, child in owner._modules.items() if child is not None]
     at = names.index(activation)

@@ -39,8 +39,9 @@ from dsc.reproduce.baselines import Learned, alternating_minimisation, online_le
 from dsc.reproduce.clustering import kmeans, shares, spectral
 from dsc.reproduce.results import PALETTE, Results, spread, stream
 from dsc.reproduce.training import quiet_trainer
+from dsc.schedules import OneCycle
 from dsc.synthetic import GroupSparse
-from dsc.tasks import OneCycle, Reconstructor
+from dsc.tasks import Reconstructor
 
 Progress = Callable[[str], None]
 
