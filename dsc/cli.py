@@ -136,7 +136,7 @@ def cli_of(args: Sequence[str]) -> CLI:
         parser_class=Parser,
         save_config_callback=SaveConfig,
         seed_everything_default=0,
-        trainer_defaults=dict(num_sanity_val_steps=0, enable_model_summary=False),
+        trainer_defaults=dict(devices=1, num_sanity_val_steps=0, enable_model_summary=False),
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         args=list(args),
@@ -146,6 +146,8 @@ def cli_of(args: Sequence[str]) -> CLI:
 
 def _fit_and_report(cli: CLI) -> dict[str, Any] | None:
     task, trainer = cli.model, cli.trainer
+    if trainer.world_size > 1:  # what a run adapts and measures is not synchronized
+        raise ValueError(f"a run is trained on one device, not on {trainer.world_size}: give --trainer.devices 1")
     if _emulates_bfloat16(trainer):
         sys.stderr.write("this processor emulates bfloat16: --trainer.precision 32-true is about twice as fast\n")
     if cli.run_dir is None:

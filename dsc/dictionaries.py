@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from dsc import measures, spectra
 
@@ -24,7 +25,8 @@ class Dictionary(nn.Module):
 
     `curvature()` is what step sizes are made of. While training it follows ``L = ‖D‖²`` by one power iteration a
     call (weights move little between steps) and passes gradients to the weights; in evaluation it is the
-    certified bound `lipschitz()`, computed once after the weights changed.
+    certified bound `lipschitz()`, computed once after the weights changed (a compiled program uses the bound as it was
+    when evaluation began or weights were loaded: after any other change call `remeasure()`).
 
     A subclass defines `synthesize`, `analyze` and `lipschitz`. It may define a faster `gradient_step`, and the
     `_symbol` that power iterations need; without that, training computes `lipschitz()` itself at each call.
@@ -49,7 +51,7 @@ class Dictionary(nn.Module):
         # large dictionary, and layers whose step is a number never ask for it.
         self.bound_ahead = False
         self._measured: tuple[Tensor, tuple[int, int, torch.dtype]] | None = None
-        self.register_load_state_dict_post_hook(lambda module, keys: module._evaluated())
+        self.register_load_state_dict_post_hook(_measure_loaded)
         self._settle_probe()
 
     @property
@@ -92,16 +94,25 @@ class Dictionary(nn.Module):
 
     def curvature(self) -> Tensor:
         """L for a step size: a warm estimate with gradient while training, the certified bound otherwise."""
+        # A transform of torch.func allows no write to a buffer.
+        frozen = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         if not self.training:
+            if frozen and not self._is_current():
+                return self._certified()
             self._refresh()
             return self.bound
         symbol = self._symbol()
         if symbol is None:
             return self.lipschitz()
         with torch.no_grad():
-            self._power_iteration(*symbol)
-        # A clone: the next call moves the probe in place, while this graph may still wait for its backward.
-        return SAFETY * _apply(*symbol, self.probe.clone()).square().sum((1, 2)).max()
+            probe = spectra.power_iteration(*symbol, self.probe)
+            if not frozen:
+                self.probe.copy_(probe)
+        return SAFETY * spectra.apply(*symbol, probe).square().sum((1, 2)).max()
+
+    @torch.no_grad()
+    def _certified(self) -> Tensor:
+        return self.lipschitz() * (1 + 4 * torch.finfo(self.weight.dtype).eps)
 
     def _symbol(self) -> tuple[Tensor, Tensor | None] | None:
         """Real and imaginary part (None for zero) of the matrices D splits into: (frequencies, atoms, channels).
@@ -115,11 +126,7 @@ class Dictionary(nn.Module):
         symbol = None if self.weight.is_meta else self._symbol()
         if symbol is not None:
             for _ in range(20):
-                self._power_iteration(*symbol)
-
-    def _power_iteration(self, real: Tensor, imaginary: Tensor | None) -> None:
-        image = _apply(real.mT, None if imaginary is None else -imaginary.mT, _apply(real, imaginary, self.probe))
-        self.probe.copy_(image / image.norm(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(image.dtype).tiny))
+                self.probe.copy_(spectra.power_iteration(*symbol, self.probe))
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -127,7 +134,7 @@ class Dictionary(nn.Module):
         if torch.compiler.is_compiling() or self.weight.is_meta:
             return
         if self.weight.is_inference() or not self._is_current():
-            self.bound.copy_(self.lipschitz() * (1 + 4 * torch.finfo(self.weight.dtype).eps))
+            self.bound.copy_(self._certified())
             self._measured = None if self.weight.is_inference() else (self.weight, self._state())
 
     def _is_current(self) -> bool:
@@ -155,7 +162,9 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def normalize_(self) -> "Dictionary":
-        """Scale every atom to unit norm, in place. Raises ValueError for a zero atom."""
+        """Scale every atom to unit norm, in place. Raises ValueError for a zero atom or a parametrized weight."""
+        if is_parametrized(self, "weight"):
+            raise ValueError("the weight is parametrized (torch.nn.utils.parametrize): its atoms cannot be set")
         norms = self.weight.flatten(1).norm(dim=1)
         if (norms == 0).any():
             raise ValueError(f"atom {int(norms.argmin())} is zero and cannot be normalised")
@@ -362,6 +371,10 @@ class ConvDictionary(Dictionary):
         return f"{channels}, {atoms}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
 
 
+def _measure_loaded(dictionary: Dictionary, keys: object) -> None:  # by name, so that layers can be pickled
+    dictionary._evaluated()
+
+
 def _scaled(step: float | Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     # The step goes into the map, which is smaller than what comes out of it.
     if isinstance(step, float) and step == 1:
@@ -371,15 +384,6 @@ def _scaled(step: float | Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
 
 def _rows(z: Tensor) -> Tensor:
     return z.reshape(-1, z.shape[-1])
-
-
-def _apply(real: Tensor, imaginary: Tensor | None, v: Tensor) -> Tensor:
-    """(R + iM)v for complex vectors v = (real, imaginary) along the last dimension."""
-    image = real @ v
-    if imaginary is None:
-        return image
-    crossed = imaginary @ v
-    return image + torch.stack([-crossed[..., 1], crossed[..., 0]], -1)
 
 
 def _check_shape(what: str, values: Tensor, dim: int, expected: int) -> None:

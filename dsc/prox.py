@@ -6,6 +6,7 @@ penalty and the `gauge` of its domain. With c = Dᵀθ, θ is a feasible dual po
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -383,8 +384,8 @@ def _ratio(l1_ratio: float) -> float:
 
 def count_of(name: str, value: int) -> int:
     """`value`, if it counts something: a whole number of at least 1. Raises ValueError naming it otherwise."""
-    if not isinstance(value, int):
+    if not isinstance(value, Integral):  # NumPy's too
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    return int(value)

@@ -44,7 +44,9 @@ def finish(run: Path, task: Task, data: Any, config: Mapping[str, Any]) -> dict[
 def measure(task: Task, data: Any, seed: int) -> tuple[dict[str, Any], Curves]:
     """Test figures (in full precision, whatever it was trained in) and convergence curves of the task's model."""
     task.float()
-    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    # On one device: of several, each would run the whole command, and images that they do not divide count twice.
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(devices=1, **quiet)  # type: ignore[arg-type]
     trainer.test(task, data, verbose=False)
     curves = probe_curves(task, data)
     return {
@@ -69,6 +71,8 @@ def restore(folder: Path, root: str | None = None) -> tuple[Task, ImageData]:
     data = ImageData(facts["dataset"], root=root, normalize=facts["normalize"])
     kind = {"Classifier": Classifier, "Reconstructor": Reconstructor}[facts["task"]]
     options = {"test_time_augmentation": True} if "accuracy_tta" in facts["metrics"] else {}
+    trained = facts["training"].get("model", {}).get("init_args", {})
+    options["channels_last"] = bool(trained.get("channels_last"))  # as in its training, and on a CPU half again as fast
     task = kind(model=config["architecture"], model_args=config["model_args"], data=data, **options)
     hub.load_weights(task.model, folder)
     return task, data

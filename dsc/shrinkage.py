@@ -19,8 +19,9 @@ name                formula                                   prox of           
 
 Where the penalty is not convex, ties have several minimisers: an entry at the threshold becomes 0.
 
-Groups g are equal, consecutive entries along `dim`. A `threshold` is a number or a tensor that broadcasts with the
-entries, or for groups with their norms, whose `dim` is (groups, 1). Each function returns a tensor of the shape of z.
+Groups g are equal, consecutive entries along `dim`; a norm below 2e-13 (3e-103 in double precision) counts as that. A
+`threshold` is a number or a tensor that broadcasts with the entries, or for groups with their norms, whose `dim` is
+(groups, 1). Each function returns a tensor of the shape of z.
 
 Sources: [1] Daubechies, Defrise and De Mol 2004. [2] Yuan and Lin 2006. [3] *On the convergence of group-sparse
 autoencoders*, arXiv 2102.07003, where it is the group-sparse ReLU. [4] Bertrand et al. 2022 (skglm), arXiv 2204.07826.
@@ -198,7 +199,7 @@ def _wide(groups: Tensor) -> torch.dtype:
 
 def _shrinkage(groups: Tensor, threshold: Threshold, dim: int) -> Tensor:
     # The norm is kept away from zero, so that a zero group has gradient 0, not NaN.
-    least = torch.finfo(_wide(groups)).tiny ** 0.25
+    least = torch.finfo(_wide(groups)).tiny ** (1 / 3)  # whose inverse cubed, in the gradient, is finite
     if groups.device.type != "cpu":
         inverse = group_norm(groups, dim).clamp_min(least).reciprocal()
     else:

@@ -172,7 +172,7 @@ class Stop:
             return False
         else:
             values = self.criterion(z)
-        self.value = values.max().item()
+        self.value = values.max().item() if len(values) else 0.0
         if math.isnan(self.value):
             i = int(values.isnan().nonzero()[0])
             raise ValueError(f"signal {i} became NaN in step {k}: signals must be finite, and steps at most 1/‖D‖²")

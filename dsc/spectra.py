@@ -77,3 +77,19 @@ def autocorrelation(kernel: Tensor) -> tuple[Tensor, Tensor]:
     lags = F.conv2d(small.double(), small.double(), padding=reach).flatten(2).to(kernel)
     offset = torch.arange(-reach, reach + 1, device=kernel.device)
     return lags, torch.cartesian_prod(offset, offset).to(kernel)
+
+
+def apply(real: Tensor, imaginary: Tensor | None, v: Tensor) -> Tensor:
+    """(R + iM)v for complex vectors v = (real, imaginary) along the last dimension."""
+    image = real @ v
+    if imaginary is None:
+        return image
+    crossed = imaginary @ v
+    return image + torch.stack([-crossed[..., 1], crossed[..., 0]], -1)
+
+
+def power_iteration(real: Tensor, imaginary: Tensor | None, probe: Tensor) -> Tensor:
+    """``AᴴAv/‖AᴴAv‖`` of each matrix A = R + iM, (frequencies, rows, columns), and its vector v, as in `apply`."""
+    adjoint = real.mT, None if imaginary is None else -imaginary.mT
+    image = apply(*adjoint, apply(real, imaginary, probe))
+    return image / image.norm(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(image.dtype).tiny)

@@ -369,3 +369,9 @@ def test_what_the_base_class_fills_in(bias):
         assert plain.train(mode).curvature().item() == pytest.approx(plain.lipschitz().item())
     slope = torch.autograd.grad(plain.train().curvature(), plain.weight)[0]
     assert slope.abs().max() > 0
+
+
+def test_parametrized_atoms_are_not_said_to_be_normalised():
+    dictionary = nn.utils.parametrizations.weight_norm(dense(6, 4), dim=0)
+    with pytest.raises(ValueError, match="the weight is parametrized"):
+        dictionary.normalize_()

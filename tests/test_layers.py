@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -415,3 +416,43 @@ def test_a_dictionary_of_ones_own_takes_a_bias_along_the_dimension_of_its_atoms(
     nn.init.normal_(layer.bias)
     x = torch.randn(3, 6)
     torch.testing.assert_close(layer(x), (layer.dictionary.analyze(x) + layer.bias.view(6, 1)).relu())
+
+
+# As any module of torch's
+
+
+@pytest.mark.parametrize("make, shape", [(dense, (5, 6)), (conv, (5, 2, 6, 6))])
+def test_a_layer_can_be_pickled_and_follows_its_own_weights_then(make, shape):
+    layer, x = make().eval(), torch.randn(shape)
+    code, bound = layer(x), layer.dictionary.curvature().clone()
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(again(x), code)
+    with torch.no_grad():
+        again.dictionary.weight.mul_(3)
+    torch.testing.assert_close(again.dictionary.curvature(), 9 * bound)
+    assert torch.equal(layer.dictionary.curvature(), bound)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("make, shape", [(dense, (5, 6)), (conv, (5, 2, 6, 6))])
+def test_gradients_of_torch_func_are_those_of_autograd(make, shape, training):
+    layer, x = make().double().train(training), torch.randn(shape, dtype=torch.float64)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, signal):
+        return torch.func.functional_call(layer, parameters, signal[None]).square().sum()
+
+    probe = layer.dictionary.probe.clone()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    assert torch.equal(layer.dictionary.probe, probe)
+    expected = torch.autograd.grad(layer(x).square().sum(), list(parameters.values()))
+    for name, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(each[name].sum(0), gradient, msg=name)
+    jacobian = torch.func.jacrev(layer)(x[:1])
+    _, forward = torch.func.jvp(layer, (x[:1],), (torch.ones_like(x[:1]),))
+    torch.testing.assert_close(jacobian.flatten(-x.ndim).sum(-1), forward)
+
+
+def test_a_tolerance_is_reached_by_no_signals():
+    layer = dense(solver=FISTA(steps=50, tol=1e-3)).eval()
+    assert layer(torch.randn(0, 6)).shape == (0, 8)

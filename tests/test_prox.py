@@ -542,3 +542,22 @@ def test_an_elastic_net_that_only_scales_has_no_threshold_that_zeroes():
 def test_top_k_has_no_threshold_that_zeroes(name):
     with pytest.raises(TypeError, match="TopK has no threshold"):
         make(name).zeroing_threshold(1.0, 6)
+
+
+@pytest.mark.parametrize("name", ["group_relu", "group_relu_nonneg", "sparse_group"])
+@pytest.mark.parametrize("scale", [1e-11, 1e-6, 1.0, 1e6, 1e16])
+def test_group_shrinkage_has_no_scale_of_its_own(name, scale):
+    z = torch.tensor([[3.0, 4.0, 0.3, 0.4]])
+    expected = make(name, 2, threshold=1.0)(z)
+    assert expected[0, :2].all() and not expected[0, 2:].any()
+    scaled = (z * scale).requires_grad_()
+    found = make(name, 2, threshold=scale)(scaled)
+    torch.testing.assert_close(found / scale, expected)
+    found.sum().backward()
+    assert scaled.grad.isfinite().all()
+
+
+def test_numbers_of_numpy_count():
+    z = torch.randn(2, 6)
+    assert torch.equal(create_activation("top_k", k=np.int64(2))(z), create_activation("top_k", k=2)(z))
+    assert make("group_relu", np.int64(3)).group_size == 3

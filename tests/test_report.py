@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
 from torch.nn import functional as F
 
@@ -189,6 +191,19 @@ def test_tokens_of_as_many_values_as_the_image_are_no_images(data):
     assert image_layer(transformer.model, 8 * 8) is None
     shown = gallery(transformer, data, [0])
     assert shown.film is None and shown.layer == "blocks.0.coder"
+
+
+def test_a_test_takes_one_device_of_several(data, monkeypatch):
+    made = []
+
+    def trainer(**kwargs):
+        made.append(Trainer(accelerator="cpu", **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(CPUAccelerator, "auto_device_count", staticmethod(lambda: 2))
+    monkeypatch.setattr(report, "Trainer", trainer)
+    report.measure(classifier(data), data, 0)
+    assert [each.world_size for each in made] == [1]
 
 
 def test_a_network_of_single_steps_has_no_convergence_to_draw(data):

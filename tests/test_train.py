@@ -267,6 +267,7 @@ def test_an_infinite_loss_stops_names_the_step_and_keeps_the_last_good_checkpoin
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
+        (["--trainer.accelerator", "cpu", "--trainer.devices", "2"], "trained on one device, not on 2"),
         (["--model.activaton", "relu"], "unknown key 'activaton'; did you mean 'activation'?"),
         (["--trainer.max_epochz", "3"], "unknown key 'trainer.max_epochz'; did you mean 'trainer.max_epochs'?"),
         (["--model.activation", "group_rleu"], "unknown activation 'group_rleu'; did you mean 'group_relu'?"),
