@@ -181,6 +181,7 @@ class Task(LightningModule):
                 "rates do not fit: give the same trainer.max_epochs (and data), or train on in a new run that starts "
                 "from its weights, --model.initial_checkpoint RUN/best"
             )
+        self._planned_steps = steps
         # Drawn anew for each epoch, so that a resumed run draws what the unbroken one would have.
         self._seed = torch.initial_seed()
         if self.keep_norms and not self.norms:  # a resumed run has loaded them
@@ -265,7 +266,7 @@ class Task(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["epoch_losses"], checkpoint["norms"] = self.epoch_losses, self.norms
-        checkpoint["planned_steps"] = self.trainer.estimated_stepping_batches
+        checkpoint["planned_steps"] = self._planned_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.epoch_losses, self.norms = list(checkpoint["epoch_losses"]), dict(checkpoint.get("norms", {}))
