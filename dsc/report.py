@@ -44,9 +44,13 @@ def finish(run: Path, task: Task, data: Any, config: Mapping[str, Any]) -> dict[
 def measure(task: Task, data: Any, seed: int) -> tuple[dict[str, Any], Curves]:
     """Test figures (in full precision, whatever it was trained in) and convergence curves of the task's model."""
     task.float()
-    # On one device: of several, each would run the whole command, and images that they do not divide count twice.
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = Trainer(devices=1, **quiet)  # type: ignore[arg-type]
+    trainer = Trainer(
+        devices=1,  # of several, each would run the whole command, and images that they do not divide count twice
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.test(task, data, verbose=False)
     curves = probe_curves(task, data)
     return {
