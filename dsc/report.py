@@ -8,7 +8,6 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from dsc import figures, hub, runs
@@ -21,6 +20,7 @@ from dsc.metrics import Curves, convergence_curves, curve_figures
 from dsc.observe import activation_name
 from dsc.page import QUALITIES, Source, page
 from dsc.tasks import Classifier, Reconstructor, Task
+from dsc.trainers import quiet_trainer
 
 COLUMNS = ("active_fraction", "active_group_fraction", "hoyer", "dead_fraction")
 PROBE_IMAGES = 32
@@ -44,13 +44,7 @@ def finish(run: Path, task: Task, data: Any, config: Mapping[str, Any]) -> dict[
 def measure(task: Task, data: Any, seed: int) -> tuple[dict[str, Any], Curves]:
     """Test figures (in full precision, whatever it was trained in) and convergence curves of the task's model."""
     task.float()
-    trainer = Trainer(
-        devices=1,  # of several, each would run the whole command, and images that they do not divide count twice
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer()
     trainer.test(task, data, verbose=False)
     curves = probe_curves(task, data)
     return {

@@ -27,7 +27,7 @@ ROWS = [
     ["catalogue", "export", "predict"],
     ["models"],
     ["hub"],
-    ["metrics", "regularizers", "schedules"],
+    ["metrics", "regularizers", "schedules", "trainers"],
     ["observe"],
     ["blocks"],
     ["dictionary_learning", "theory"],

@@ -10,7 +10,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
 from torch.nn import functional as F
 
-from dsc import cli, figures, hub, report
+from dsc import cli, figures, hub, report, trainers
 from dsc.data import ImageData
 from dsc.details import atom_use, clusters, gather
 from dsc.gallery import gallery, image_layer
@@ -201,7 +201,7 @@ def test_a_test_takes_one_device_of_several(data, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(CPUAccelerator, "auto_device_count", staticmethod(lambda: 2))
-    monkeypatch.setattr(report, "Trainer", trainer)
+    monkeypatch.setattr(trainers, "Trainer", trainer)
     report.measure(classifier(data), data, 0)
     assert [each.world_size for each in made] == [1]
 

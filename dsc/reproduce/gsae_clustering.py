@@ -32,9 +32,9 @@ from dsc.report import table
 from dsc.reproduce import gsae_mnist
 from dsc.reproduce.clustering import KMEANS, SPECTRAL, kmeans, shares, spectral
 from dsc.reproduce.results import PALETTE, Results, spread
-from dsc.reproduce.training import quiet_trainer
 from dsc.shrinkage import grouped
 from dsc.tasks import Reconstructor
+from dsc.trainers import quiet_trainer
 
 BEST = "conv group norms, upright"
 LEAST_CUT = "least cut"

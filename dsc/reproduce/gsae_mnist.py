@@ -32,8 +32,8 @@ from dsc.reproduce import gsae_mnist_figures as pictures
 from dsc.reproduce.baselines import Learned, alternating_minimisation, online_learning
 from dsc.reproduce.clustering import clustering_rows, kmeans, shares, strongest_group_row
 from dsc.reproduce.results import Results, check_same
-from dsc.reproduce.training import quiet_trainer
 from dsc.tasks import Reconstructor
+from dsc.trainers import quiet_trainer
 
 Progress = Callable[[str], None]
 KINDS = ("sparse", "group")

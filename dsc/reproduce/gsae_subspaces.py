@@ -38,10 +38,10 @@ from dsc.report import table
 from dsc.reproduce.baselines import Learned, alternating_minimisation, online_learning
 from dsc.reproduce.clustering import kmeans, shares, spectral
 from dsc.reproduce.results import PALETTE, Results, spread, stream
-from dsc.reproduce.training import quiet_trainer
 from dsc.schedules import OneCycle
 from dsc.synthetic import GroupSparse
 from dsc.tasks import Reconstructor
+from dsc.trainers import quiet_trainer
 
 Progress = Callable[[str], None]
 

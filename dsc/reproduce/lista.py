@@ -26,9 +26,9 @@ from dsc.measures import nmse
 from dsc.prox import Soft
 from dsc.report import table
 from dsc.reproduce.results import PALETTE, Results, spread, stream
-from dsc.reproduce.training import quiet_trainer
 from dsc.solvers import FISTA, ISTA
 from dsc.synthetic import BernoulliGaussian
+from dsc.trainers import quiet_trainer
 
 Progress = Callable[[str], None]
 

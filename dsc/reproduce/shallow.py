@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from dsc.reproduce.training import quiet_trainer
 from dsc.shrinkage import group_relu
 from dsc.synthetic import GroupSparse
+from dsc.trainers import quiet_trainer
 
 
 class _Entries(torch.autograd.Function):

@@ -30,9 +30,9 @@ from dsc.regularizers import L1, Coherence, GroupL21, Hoyer, Log, Reconstruction
 from dsc.reproduce import robustness
 from dsc.reproduce import sparse_training_figures as pictures
 from dsc.reproduce.results import Results, check_same, stream
-from dsc.reproduce.training import quiet_trainer
 from dsc.runs import whole
 from dsc.tasks import Classifier
+from dsc.trainers import quiet_trainer
 
 Progress = Callable[[str], None]
 GROUP_SIZE = 4
