@@ -1,6 +1,6 @@
 """A model as a file that runs without this library: ONNX, or `torch.export`'s own; checked before it is kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,14 +15,18 @@ SUFFIX: dict[str, str] = {"onnx": ".onnx", "torch": ".pt2"}
 TOLERANCE = 1e-4  # largest difference of an output to the model's, relative to the output's largest entry
 
 
-def export(model: nn.Module, path: str | Path, format: Format = "onnx") -> float:
+def export(
+    model: nn.Module, path: str | Path, format: Format = "onnx", input_size: Sequence[int] | None = None
+) -> float:
     """Write `model` in evaluation mode, for batches of any size; returns the largest relative difference of outputs.
 
     The difference ``max|f(x) − m(x)|/max|m(x)|`` is of what the written file computes, for one and for three images of
-    the model's own input size. ONNX needs the packages of ``deep-sparse-coding[export]``.
+    `input_size` (channels, height, width), which is by default the model's own (`model.pretrained_cfg`): give it for a
+    model built for other images than its architecture's. ONNX needs the packages of ``deep-sparse-coding[export]``.
 
     Raises:
-        ValueError: an unknown format, or a difference above 1e-4: then nothing is left behind.
+        ValueError: an unknown format, a model of several outputs (``features_only``), or a difference above 1e-4: then
+            nothing is left behind.
         FileExistsError: the file is there already. ImportError: a package is missing.
     """
     path = Path(path)
@@ -30,7 +34,10 @@ def export(model: nn.Module, path: str | Path, format: Format = "onnx") -> float
         raise ValueError(unknown("format", format, get_args(Format)))
     if path.exists():
         raise FileExistsError(f"{path} exists already: give another file name")
-    size = model.eval().pretrained_cfg["input_size"]  # type: ignore[index]
+    size = input_size or model.pretrained_cfg["input_size"]  # type: ignore[index]
+    with torch.no_grad():
+        if not isinstance(model.eval()(torch.randn(2, *size)), Tensor):
+            raise ValueError("a model of several outputs cannot be checked: export one that returns a single tensor")
     with whole(path) as unfinished:
         run = _write[format](model, unfinished, torch.randn(2, *size))
         difference = max(_difference(run, model, torch.randn(n, *size)) for n in (1, 3))

@@ -4,7 +4,7 @@ Names say the unit: a *fraction* lies in [0, 1], *hoyer* is the Hoyer index in [
 error shrinks by in a step, *error* is relative to the converged code.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,15 +30,15 @@ class ActiveFraction(MeanMetric):
 
 
 class ActiveGroupFraction(MeanMetric):
-    """Fraction of groups with an entry that is not zero, over all signals."""
+    """Fraction of groups with an entry that is not zero, over all signals; `group_size_of` a number of channels."""
 
-    def __init__(self, group_size: int, dim: int = 1) -> None:
+    def __init__(self, group_size_of: Callable[[int], int], dim: int = 1) -> None:
         super().__init__()
-        self.group_size, self.dim = group_size, dim
+        self.group_size_of, self.dim = group_size_of, dim
 
     def update(self, z: Tensor) -> None:  # type: ignore[override]
-        fraction = measures.active_group_fraction(z, self.group_size, self.dim)
-        super().update(fraction, weight=z.numel() // self.group_size)
+        size = self.group_size_of(z.shape[self.dim])
+        super().update(measures.active_group_fraction(z, size, self.dim), weight=z.numel() // size)
 
 
 class HoyerIndex(MeanMetric):
@@ -55,20 +55,25 @@ def _fmax(states: Tensor) -> Tensor:
 
 
 class DeadFraction(Metric):
-    """Fraction of channels that are zero for every signal and everywhere; NaN before any signal."""
+    """Fraction of channels that are zero for every signal and everywhere; NaN before any signal.
 
-    active: Tensor
+    The channels of codes of several widths, as of one module that a network calls in several places, count together.
+    """
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
         self.dim = dim
-        self.add_state("active", torch.tensor(torch.nan), dist_reduce_fx=_fmax)  # NaN: nothing seen yet
 
     def update(self, z: Tensor) -> None:
-        self.active = torch.fmax(self.active, measures.active_units(z, self.dim).float())
+        active = measures.active_units(z, self.dim).float()
+        state = f"active_{len(active)}"
+        if state not in self._defaults:
+            self.add_state(state, torch.full_like(active, torch.nan), dist_reduce_fx=_fmax)  # NaN: nothing seen yet
+        setattr(self, state, torch.fmax(getattr(self, state), active))
 
     def compute(self) -> Tensor:
-        return 1 - self.active.mean()
+        seen = [getattr(self, state) for state in self._defaults]
+        return 1 - torch.cat(seen).nanmean() if seen else torch.tensor(torch.nan)
 
 
 class SparsityMetrics(nn.Module):
@@ -102,8 +107,7 @@ class SparsityMetrics(nn.Module):
                 "dead_fraction": DeadFraction(prox.dim),
             }
             if prox.is_grouped:
-                size = prox.group_size_of(z.shape[prox.dim])
-                metrics["active_group_fraction"] = ActiveGroupFraction(size, prox.dim)
+                metrics["active_group_fraction"] = ActiveGroupFraction(prox.group_size_of, prox.dim)
             self.by_layer[key] = nn.ModuleDict(metrics).to(z.device)
         return self.by_layer[key]  # type: ignore[return-value]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_model_data_config
@@ -70,8 +71,10 @@ def read_images(model: nn.Module, paths: Sequence[str | Path]) -> Tensor:
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
+        image: Image.Image = Image.open(path)
         image.load()
+        if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would clip to white
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {path}") from None
     except (UnidentifiedImageError, OSError) as error:
@@ -82,19 +85,20 @@ def _open(path: Path) -> Image.Image:
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor) -> list[Prediction]:
     """A prediction an image, for images (images, channels, height, width) as the model's input."""
+    # One at a time: where a network cuts images into windows, a code's first dimension does not tell them apart.
     with Observer(model.eval()) as observer:
-        output = model(images)
+        return [_predict_one(model, image, observer) for image in images.unsqueeze(1)]
+
+
+def _predict_one(model: nn.Module, image: Tensor, observer: Observer) -> Prediction:
+    output = model(image)
     num_classes = getattr(model, "num_classes", 0)
-    probabilities = output.softmax(1) if num_classes else images.new_zeros(len(images), 0)
+    probabilities = output.softmax(1)[0] if num_classes else output.new_zeros(0)
     names = _label_names(model, num_classes)
-    codes = [(name, z, observer.layers[name].prox) for name, every in observer.features.items() for z in every]
-    return [
-        Prediction(
-            [(names[k], float(p[k])) for k in p.argsort(descending=True).tolist()],
-            [_fired(name, z[i : i + 1], prox) for name, z, prox in codes],
-        )
-        for i, p in enumerate(probabilities)
-    ]
+    return Prediction(
+        [(names[k], float(probabilities[k])) for k in probabilities.argsort(descending=True).tolist()],
+        [_fired(name, z, observer.layers[name].prox) for name, codes in observer.features.items() for z in codes],
+    )
 
 
 def _label_names(model: nn.Module, num_classes: int) -> list[str]:

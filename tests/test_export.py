@@ -63,6 +63,17 @@ def test_a_file_that_computes_something_else_is_not_kept(format, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_images_of_another_size_than_the_architecture_s(tmp_path):
+    model = create_model("dsc_mlp_pico", img_size=8, in_chans=2, num_atoms=(8, 8))
+    assert export(model, tmp_path / "model.pt2", "torch", input_size=(2, 8, 8)) <= 1e-4
+    assert torch.export.load(tmp_path / "model.pt2").module()(torch.randn(5, 2, 8, 8)).shape == (5, 10)
+
+
+def test_several_outputs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="a model of several outputs"):
+        export(create_model("dsc_cnn_pico", features_only=True), tmp_path / "model.pt2", "torch")
+
+
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "mine.onnx").write_text("mine")
     with pytest.raises(FileExistsError, match="mine.onnx exists already"):

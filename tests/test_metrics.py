@@ -90,6 +90,28 @@ def test_layer_that_runs_twice_has_both_codes_counted():
     assert metrics.compute()["active_fraction/0"] == pytest.approx(expected)
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+@pytest.mark.parametrize("shape", [{"group_size": 2}, {"groups": 2}])
+def test_layer_that_runs_at_several_widths_has_all_counted(shape):
+    # As the ReLU that timm's res2net and hrnet share between the convolutions of a block.
+    metrics = SparsityMetrics(sparse_layers(nn.ModuleDict({"a": create_activation("group_relu", **shape)})))
+    batches = [(sparse_codes(5, 8, seed=i), sparse_codes(5, 4, seed=9 + i)) for i in range(2)]
+    for batch in batches:
+        batch[0][:, 0] = batch[1][:, 2:] = 0
+        metrics.update(SimpleNamespace(features={"a": list(batch)}))
+    wide, narrow = (torch.cat(codes).numpy() for codes in zip(*batches, strict=True))
+    sizes = (2, 2) if "group_size" in shape else (4, 2)
+    groups = [(z.reshape(10, -1, n) != 0).any(2).ravel() for z, n in zip((wide, narrow), sizes, strict=True)]
+    found = metrics.compute()
+    assert found["active_group_fraction/a"] == pytest.approx(np.concatenate(groups).mean())
+    dead = np.concatenate([(wide == 0).all(0), (narrow == 0).all(0)])
+    assert found["dead_fraction/a"] == pytest.approx(dead.mean()) and 0 < dead.sum() < 12
+    metrics.reset()
+    assert metrics.compute() == {}
+    metrics.update(SimpleNamespace(features={"a": [torch.from_numpy(narrow)]}))
+    assert metrics.compute()["dead_fraction/a"] == pytest.approx((narrow == 0).all(0).mean())
+
+
 def test_figure_without_meaning_is_absent():
     metrics = SparsityMetrics(sparse_layers(nn.ModuleDict({"a": create_activation("soft")})))
     assert metrics.compute() == {}

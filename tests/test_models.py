@@ -6,6 +6,7 @@ import timm
 import torch
 from oracles import rows, unrows
 from timm.layers.activations import GELU
+from timm.models import metaformer
 from torch import nn
 
 from dsc import hub, models
@@ -452,6 +453,39 @@ def test_tokens_that_are_a_map_for_a_moment_are_told_apart():
         assert seen[f"{mlp}.relu"] == (4, hidden) and seen[f"{mlp}.act"] == (3, hidden)
 
 
+@pytest.mark.parametrize("name", ["seresnext26ts", "skresnet18", "gcresnext26ts", "legacy_seresnet18", "resnest14d"])
+def test_gates_keep_their_activation_whatever_their_name(name):
+    # A gate's activation is on what was pooled to one pixel (or, of a mean over channels, on no map at all).
+    model = make(name, activation="soft", num_classes=4).eval()
+    sides = {}
+    for n in model.swapped_activations:
+        model.get_submodule(n).register_forward_pre_hook(lambda _, args, n=n: sides.update({n: args[0].shape[-1]}))
+    model(images(1, 3, 128, 128))
+    assert sides.keys() == set(model.swapped_activations) and min(sides.values()) > 1
+
+
+def test_kernel_of_linear_attention_stays_nonnegative():
+    model = make("efficientvit_b0", activation="group_relu", group_size=8, num_classes=4).eval()
+    assert not any("kernel_func" in name for name in model.swapped_activations)
+    assert model(images(1, 3, 64, 64)).shape == (1, 4)
+
+
+def test_channels_are_found_beside_what_owns_an_activation():
+    # StarReLU holds nothing but its ReLU: on maps in the first stages of a CAFormer, on tokens in the last ones.
+    mixers = [metaformer.SepConv] * 2 + [metaformer.Attention] * 2
+    norms = [metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2
+    shape = dict(depths=(1, 1, 1, 1), dims=(8, 16, 32, 64))
+    model = metaformer.MetaFormer(**shape, token_mixers=mixers, norm_layers=norms).eval()
+    seen = {}
+    for name in models.swap_activations(model, models._build.Act("soft")):
+        prox = model.get_submodule(name)
+        prox.register_forward_pre_hook(lambda prox, args, n=name: seen.update({n: args[0].shape[prox.dim]}))
+    model(images(1, 3, 64, 64))
+    assert {n: c for n, c in seen.items() if "mlp" in n} == {
+        f"stages.{i}.blocks.0.mlp.act.relu": 4 * width for i, width in enumerate(shape["dims"])
+    }
+
+
 def test_features_that_are_activations_stay_features():
     torch.manual_seed(0)
     plain = timm.create_model("legacy_xception", features_only=True).eval()
@@ -491,6 +525,17 @@ def test_activation_that_appears_twice_is_swapped_twice():
 
 
 # Errors
+
+
+def test_a_network_of_functional_activations_is_refused():
+    # timm's GammaAct calls a function; what is left to swap are gates.
+    with pytest.raises(ValueError, match="has no activation that could be swapped"), torch.device("meta"):
+        make("dm_nfnet_f0", activation="relu")
+
+
+def test_vectors_have_nothing_to_pool():
+    with pytest.raises(ValueError, match="global_pool='max': DSCMLP makes vectors"):
+        make("dsc_mlp_pico", img_size=8, num_atoms=(8, 8)).reset_classifier(3, "max")
 
 
 def test_nothing_to_swap_is_an_error():

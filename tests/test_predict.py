@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from dsc import cli, create_model, hub, predict
+from dsc import Observer, cli, create_model, hub, predict
 
 
 @pytest.fixture
@@ -23,6 +23,13 @@ def test_an_image_of_the_right_size_is_normalised_and_nothing_else(digit):
     torch.testing.assert_close(predict.read_images(model, [path]), expected)
 
 
+def test_sixteen_bits_of_grey_are_the_same_picture(digit, tmp_path):
+    pixels = np.asarray(Image.open(digit[0])).astype(np.uint16)
+    Image.fromarray(pixels * 257).save(tmp_path / "deep.png")
+    model = create_model("gsae")
+    assert torch.equal(*(predict.read_images(model, [path]) for path in (digit[0], tmp_path / "deep.png")))
+
+
 def test_colours_follow_the_model(digit, tmp_path):
     assert predict.read_images(create_model("dsc_speed"), [digit[0]]).shape == (1, 3, 32, 32)
     Image.new("RGBA", (50, 40), (255, 0, 0, 255)).save(tmp_path / "red.png")
@@ -32,7 +39,7 @@ def test_colours_follow_the_model(digit, tmp_path):
 def test_classes_are_the_softmax_in_order():
     model = create_model("dsc_cnn.mnist_relu", pretrained=True).eval()
     x = torch.randn(3, 1, 28, 28)
-    expected = model(x).softmax(1).detach()
+    expected = torch.cat([model(image).softmax(1).detach() for image in x.split(1)])
     for found, p in zip(predict.predict(model, x), expected, strict=True):
         values = [value for _, value in found.classes]
         assert values == sorted(values, reverse=True) and sum(values) == pytest.approx(1)
@@ -51,6 +58,19 @@ def test_fired_atoms_and_groups_are_those_of_the_code():
         assert dict(layer.groups) == pytest.approx(
             {g: np.linalg.norm(z[4 * g : 4 * g + 4]) for g in range(3) if z[4 * g : 4 * g + 4].any()}
         )
+
+
+def test_windows_of_an_image_are_all_its_own():
+    # MobileViT's transformers see an image as four sequences, so that a code's first dimension is not the images.
+    model = create_model("mobilevit_xxs", activation="relu", num_classes=2).eval()
+    x = torch.randn(2, 3, 64, 64)
+    for found, image in zip(predict.predict(model, x), x, strict=True):
+        with Observer(model) as observer, torch.no_grad():
+            model(image[None])
+        codes = {name: z[0] for name, z in observer.features.items()}
+        assert {f.layer: (f.active, f.entries) for f in found.fired} == {
+            name: (int(z.count_nonzero()), z.numel()) for name, z in codes.items()
+        }
 
 
 def test_a_convolution_s_channel_counts_where_it_is_largest():

@@ -64,7 +64,12 @@ class VectorClassifier(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for another number of classes."""
+        """A fresh head for another number of classes.
+
+        Raises ValueError for a `global_pool`: there is nothing to pool.
+        """
+        if global_pool:
+            raise ValueError(f"global_pool={global_pool!r}: {type(self).__name__} makes vectors, with nothing to pool")
         self.num_classes = num_classes
         like = next(self.parameters())
         self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()

@@ -1,7 +1,13 @@
 """Any timm backbone with its activations swapped for a prox."""
 
+from collections.abc import Iterator
+
 import timm
-from timm.layers import get_act_layer
+from timm.layers import EffectiveSEModule, GatherExcite, GlobalContext, SEModule, SplitAttn, get_act_layer
+from timm.layers.cbam import CbamModule, LightCbamModule
+from timm.layers.selective_kernel import SelectiveKernelAttn
+from timm.models import senet
+from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import nn
 
@@ -22,8 +28,20 @@ _NAMES = (
     "prelu",
 )
 _ACTIVATIONS = tuple({nn.Tanh, nn.GELU, nn.SiLU, nn.Hardswish, *(get_act_layer(name) for name in _NAMES)})
-_GATES = ("se", "gate", "attn_gate", "squeeze", "eca", "cbam")
-_POSITIONS = ("rel_pos", "cpb_mlp", "meta_mlp")  # make attention's biases from coordinates, and see no image
+# Kept: what weights features (of squeeze-and-excite and its kin; a linear attention's kernel, which must stay
+# non-negative), by class and by name, and what makes attention's biases from coordinates and sees no image.
+_GATES = (
+    SEModule,
+    EffectiveSEModule,
+    SqueezeExcite,
+    senet.SEModule,
+    GatherExcite,
+    GlobalContext,
+    CbamModule,
+    LightCbamModule,
+    SelectiveKernelAttn,
+)
+_KEPT = ("se", "gate", "attn_gate", "squeeze", "eca", "cbam", "kernel_func", "rel_pos", "cpb_mlp", "meta_mlp")
 
 
 def swap_activations(model: nn.Module, act: Act) -> list[str]:
@@ -35,28 +53,43 @@ def swap_activations(model: nn.Module, act: Act) -> list[str]:
     Raises ValueError where nothing could be swapped.
     """
     swapped = []
-    for owner_name, owner in list(model.named_modules()):
-        if _is_no_feature(owner_name):
-            continue
-        for name, child in list(owner._modules.items()):  # a module under two names has two places
-            if isinstance(child, _ACTIVATIONS) and not _is_no_feature(name):
-                prox = act.make(_channel_dim(owner, name))
-                prox._forward_hooks.update(child._forward_hooks)  # by which timm's `features_only` takes some maps
-                prox._forward_pre_hooks.update(child._forward_pre_hooks)
-                setattr(owner, name, prox)
-                swapped.append(f"{owner_name}.{name}".lstrip("."))
+    for owner, child, path in _features(model):
+        prox = act.make(_channel_dim(model, path))
+        prox._forward_hooks.update(child._forward_hooks)  # by which timm's `features_only` takes some maps
+        prox._forward_pre_hooks.update(child._forward_pre_hooks)
+        setattr(owner, path.rpartition(".")[2], prox)
+        swapped.append(path)
     if not swapped:
         raise ValueError(f"{type(model).__name__} has no activation that could be swapped for {act.name!r}")
     return swapped
 
 
-def _is_no_feature(name: str) -> bool:
-    return any(part in (*_GATES, *_POSITIONS) for part in name.split("."))
+def _features(owner: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, nn.Module, str]]:
+    """Owner, module and path of every activation on features; a module under two names has two places."""
+    for name, child in list(owner._modules.items()):
+        of_split_attention = isinstance(owner, SplitAttn) and name == "act1"
+        if child is None or name in _KEPT or isinstance(child, _GATES) or of_split_attention:
+            continue
+        if isinstance(child, _ACTIVATIONS):
+            yield owner, child, prefix + name
+        else:
+            yield from _features(child, f"{prefix}{name}.")
 
 
-def _channel_dim(owner: nn.Module, activation: str) -> int:
-    if isinstance(owner, MlpWithDepthwiseConv):  # `relu` is on the map of its convolution, `act` on tokens again
-        return 1 if activation == "relu" else -1
+def _channel_dim(model: nn.Module, path: str) -> int:
+    """Of the activation there, by the layers beside it, else by those beside what owns it, and so on outwards."""
+    while path:
+        above, _, name = path.rpartition(".")
+        owner = model.get_submodule(above)
+        if isinstance(owner, MlpWithDepthwiseConv):  # `relu` is on the map of its convolution, `act` on tokens again
+            return 1 if name == "relu" else -1
+        if dim := _dim_beside(owner, name):
+            return dim
+        path = above
+    return 1
+
+
+def _dim_beside(owner: nn.Module, activation: str) -> int | None:
     # The nearest layer before the activation says how channels lie; failing that, the nearest one after it.
     names = [name for name, child in owner._modules.items() if child is not None]
     at = names.index(activation)
@@ -67,7 +100,7 @@ def _channel_dim(owner: nn.Module, activation: str) -> int:
                 return -1
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
                 return 1
-    return 1
+    return None
 
 
 def create_backbone(name: str, act: Act, pretrained: bool = False, **kwargs: object) -> nn.Module:
