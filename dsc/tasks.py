@@ -26,6 +26,11 @@ from dsc.schedules import OneCycle
 Schedule = Callable[[Optimizer, int], LRScheduler]
 PROBE_IMAGES = 16
 EPOCHS_FOR_RATE = 5
+VIEW_WEIGHTS = (
+    0.25,
+    0.125,
+    0.125,
+) * 2  # of `views`: as much for what is not shifted as for what is (airbench, Jordan 2024)
 INITIAL_IMAGES = 5000  # shown to models that start from data
 
 
@@ -278,7 +283,8 @@ class Classifier(Task):
 
     Args:
         label_smoothing: in [0, 1).
-        test_time_augmentation: also measure `test/accuracy_tta`, of `views`' mean logits; `test/accuracy` stays plain.
+        test_time_augmentation: also measure `test/accuracy_tta`, of the mean logits of `views`, with
+            `VIEW_WEIGHTS`; `test/accuracy` stays plain.
         **kwargs: see `Task`.
     """
 
@@ -302,7 +308,8 @@ class Classifier(Task):
         x, y = batch
         figures = self._quality(stage)
         if "accuracy_tta" in figures:
-            figures["accuracy_tta"].update(torch.stack([self(view) for view in views(x)]).mean(0), y)
+            logits = sum(weight * self(view) for weight, view in zip(VIEW_WEIGHTS, views(x), strict=True))
+            figures["accuracy_tta"].update(logits, y)
         logits = self(x)  # last: the sparsity figures are those of the plain images
         if "accuracy" in figures:
             figures["accuracy"].update(logits, y)
@@ -312,7 +319,7 @@ class Classifier(Task):
 def views(x: Tensor) -> list[Tensor]:
     """The images (N, C, H, W), themselves shifted by one pixel towards two opposite corners, and mirrors of all three.
 
-    Of airbench's test-time augmentation, with equal weights (Jordan 2024).
+    Source: Jordan, 94% on CIFAR-10 in 3.29 seconds (2024).
     """
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
     height, width = x.shape[-2:]
