@@ -26,11 +26,7 @@ from dsc.schedules import OneCycle
 Schedule = Callable[[Optimizer, int], LRScheduler]
 PROBE_IMAGES = 16
 EPOCHS_FOR_RATE = 5
-VIEW_WEIGHTS = (
-    0.25,
-    0.125,
-    0.125,
-) * 2  # of `views`: as much for what is not shifted as for what is (airbench, Jordan 2024)
+VIEW_WEIGHTS = (0.25, 0.125, 0.125) * 2  # of `views`: half for what is not shifted, as airbench has it (Jordan 2024)
 INITIAL_IMAGES = 5000  # shown to models that start from data
 
 

@@ -438,16 +438,22 @@ def test_channels_are_found_in_layers_inside_of_others():
     assert len(stem) == 3 and model(images(1, 3, 64, 64)).shape == (1, 4)
 
 
+def inputs_met(model, x):
+    """The input's shape and its channels of every swapped activation, by name."""
+    met = {}
+    for name, prox in model.named_modules():
+        if isinstance(prox, Prox):
+            prox.register_forward_pre_hook(
+                lambda prox, args, n=name: met.update({n: (args[0].shape, args[0].shape[prox.dim])})
+            )
+    model(x)
+    return met
+
+
 def test_tokens_that_are_a_map_for_a_moment_are_told_apart():
     shape = dict(depths=(1, 1), embed_dims=(8, 16), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(1, 1))
     model = make("pvt_v2_b2_li", activation="soft", num_classes=4, **shape).eval()
-    seen = {}
-    for name in model.swapped_activations:
-        prox = model.get_submodule(name)
-        prox.register_forward_pre_hook(
-            lambda prox, args, n=name: seen.update({n: (args[0].ndim, args[0].shape[prox.dim])})
-        )
-    model(images(1, 3, 32, 32))
+    seen = {name: (len(shape), channels) for name, (shape, channels) in inputs_met(model, images(1, 3, 32, 32)).items()}
     for stage, hidden in enumerate((16, 32)):
         mlp = f"stages.{stage}.blocks.0.mlp"
         assert seen[f"{mlp}.relu"] == (4, hidden) and seen[f"{mlp}.act"] == (3, hidden)
@@ -457,10 +463,7 @@ def test_tokens_that_are_a_map_for_a_moment_are_told_apart():
 def test_gates_keep_their_activation_whatever_their_name(name):
     # A gate's activation is on what was pooled to one pixel (or, of a mean over channels, on no map at all).
     model = make(name, activation="soft", num_classes=4).eval()
-    sides = {}
-    for n in model.swapped_activations:
-        model.get_submodule(n).register_forward_pre_hook(lambda _, args, n=n: sides.update({n: args[0].shape[-1]}))
-    model(images(1, 3, 128, 128))
+    sides = {name: shape[-1] for name, (shape, _) in inputs_met(model, images(1, 3, 128, 128)).items()}
     assert sides.keys() == set(model.swapped_activations) and min(sides.values()) > 1
 
 
@@ -476,12 +479,8 @@ def test_channels_are_found_beside_what_owns_an_activation():
     norms = [metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2
     shape = dict(depths=(1, 1, 1, 1), dims=(8, 16, 32, 64))
     model = metaformer.MetaFormer(**shape, token_mixers=mixers, norm_layers=norms).eval()
-    seen = {}
-    for name in models.swap_activations(model, models._build.Act("soft")):
-        prox = model.get_submodule(name)
-        prox.register_forward_pre_hook(lambda prox, args, n=name: seen.update({n: args[0].shape[prox.dim]}))
-    model(images(1, 3, 64, 64))
-    assert {n: c for n, c in seen.items() if "mlp" in n} == {
+    models.swap_activations(model, models._build.Act("soft"))
+    assert {n: channels for n, (_, channels) in inputs_met(model, images(1, 3, 64, 64)).items() if "mlp" in n} == {
         f"stages.{i}.blocks.0.mlp.act.relu": 4 * width for i, width in enumerate(shape["dims"])
     }
 
