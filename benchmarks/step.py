@@ -43,7 +43,10 @@ CASES = (
     Case("dsc_resnet18", CIFAR, 16),
     Case("dsc_vit_pico", CIFAR, 64),
     Case("dsc_vit_tiny", CIFAR, 16),
+    Case("dsc_attn_pico", CIFAR, 64),
     Case("gsae", MNIST, 512),
+    Case("gsae_conv", MNIST, 64),
+    Case("gsae_conv_deep", MNIST, 64),
 )
 
 

@@ -4,6 +4,8 @@ Trains each configuration as it is and with `steps: 1`, with seeds 0, 1, …, in
 Markdown table of the test figures. Runs are kept in `FOLDER/<configuration>-<sparse|plain>-<seed>/`; a finished one is
 read instead of repeated, and an interrupted one continued, whatever the other arguments, which go to `dsc train`: give
 those another FOLDER. Models without unrolled layers (`dsc_attn_*`, timm's) have no plain kind.
+
+`uv run benchmarks/zoo.py --checkpoints PATTERN …` prints the same of published checkpoints, and trains nothing.
 """
 
 import argparse
@@ -11,13 +13,15 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from common import header, markdown
-from dsc.catalogue import describe_model
-from dsc.report import read_metrics
+from dsc import hub
+from dsc.catalogue import describe_checkpoints, describe_model
+from dsc.metrics import convergence
+from dsc.report import read_metrics, restore
+from dsc.tasks import PROBE_IMAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS: dict[str, list[str]] = {"sparse": [], "plain": ["--model.model_args.steps", "1"]}
@@ -27,6 +31,7 @@ FIGURES = {
     "mse": ("mse", 1),
     "active": ("sparsity/active_fraction/total", 1),
 }
+COLUMNS = (*FIGURES, "active groups", "convergence error")
 
 
 def train(config: Path, kind: str, seed: int, out: Path, more: Sequence[str]) -> Path:
@@ -45,27 +50,38 @@ def train(config: Path, kind: str, seed: int, out: Path, more: Sequence[str]) ->
     return next((out / name).glob("*/summary.json")).parent
 
 
-def figures(run: Path) -> dict[str, Any]:
-    """What the table shows of a run."""
-    summary, logged = json.loads((run / "summary.json").read_text()), read_metrics(run)
-    found = {name: factor * summary["test"][key] for name, (key, factor) in FIGURES.items() if key in summary["test"]}
-    groups = [value for key, value in summary["test"].items() if key.startswith("sparsity/active_group_fraction/")]
-    if groups:
-        found["active groups"] = statistics.mean(groups)
+def figures(test: Mapping[str, float], errors: Sequence[float]) -> dict[str, float]:
+    """What the table shows of a model's test and of its codes' errors, a layer each."""
+    found = {name: factor * test[key] for name, (key, factor) in FIGURES.items() if key in test}
+    groups = [value for key, value in test.items() if key.startswith("sparsity/active_group_fraction/")]
+    means = {"active groups": groups, "convergence error": errors}
+    return found | {name: statistics.mean(values) for name, values in means.items() if values}
+
+
+def of_run(run: Path) -> dict[str, float]:
+    """The figures that a run has kept."""
+    logged = read_metrics(run)
     errors = [values[-1][1] for name, values in logged.items() if name.startswith("convergence/error/")]
-    if errors:
-        found["convergence error"] = statistics.mean(errors)
-    return found
+    return figures(json.loads((run / "summary.json").read_text())["test"], errors)
 
 
-def row(config: Path, kind: str, runs: Sequence[Path], columns: Sequence[str]) -> list[str]:
-    """Means and spreads of the runs of a configuration, with its size and cost."""
-    of_runs = [figures(run) for run in runs]
-    cells = [_mean_and_spread([f[name] for f in of_runs if name in f]) for name in columns]
-    saved = json.loads((runs[0] / "best" / "config.json").read_text())
+def of_checkpoint(folder: Path) -> dict[str, float]:
+    """The figures of its card, and its codes' errors measured now, as a run measures them after an epoch."""
+    task, data = restore(folder)
+    data.prepare_data()
+    data.setup("fit")
+    found = convergence(task.model.eval(), data.probe(PROBE_IMAGES))
+    card = hub.read_config(folder)["dsc"]["metrics"]
+    return figures(card, [value for name, value in found.items() if name.startswith("error/")])
+
+
+def row(names: Sequence[str], folder: Path, found: Sequence[Mapping[str, float]], columns: Sequence[str]) -> list[str]:
+    """Means and spreads of several models' figures, with the size and cost of the one in `folder`."""
+    cells = [_mean_and_spread([f[name] for f in found if name in f]) for name in columns]
+    saved = hub.read_config(folder)
     cost = describe_model(saved["architecture"], saved["pretrained_cfg"]["input_size"][1:], **saved["model_args"])
     size = f"{cost.parameters / 1e6:.2f}", f"{cost.macs / 1e6:.1f}"
-    return [config.stem, kind, str(saved["model_args"].get("activation", "")), *cells, *size]
+    return [*names, *cells, *size]
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
@@ -78,7 +94,8 @@ def _mean_and_spread(values: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", type=Path)
+    parser.add_argument("configs", nargs="*", type=Path)
+    parser.add_argument("--checkpoints", nargs="+", default=[], metavar="PATTERN", help="shell patterns of their names")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"))
@@ -87,11 +104,14 @@ def main() -> None:
     for config in parsed.configs:
         for kind in parsed.kinds:
             runs = [train(config, kind, seed, parsed.out, more) for seed in range(parsed.seeds)]
-            rows.append((config, kind, runs))
-    names = (*FIGURES, "active groups", "convergence error")
-    columns = [name for name in names if any(name in figures(runs[0]) for _, _, runs in rows)]
+            rows.append(((config.stem, kind), runs[0] / "best", [of_run(run) for run in runs]))
+    for pattern in parsed.checkpoints:
+        for published in describe_checkpoints(pattern):
+            folder = hub.find(published.name)
+            rows.append(((published.name, "published"), folder, [of_checkpoint(folder)]))
+    columns = [name for name in COLUMNS if any(name in found for _, _, of_runs in rows for found in of_runs)]
     print(header() + f"\n\n{parsed.seeds} seeds: mean (least–most)\n")
-    shown = ("configuration", "kind", "activation", *columns, "parameters, M", "multiply–accumulates, M")
+    shown = ("configuration", "kind", *columns, "parameters, M", "multiply–accumulates, M")
     print(markdown(shown, [row(*found, columns) for found in rows]))
 
 

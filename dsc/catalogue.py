@@ -4,6 +4,7 @@ Models are built and run on torch's meta device, where tensors have shapes and n
 """
 
 import fnmatch
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class ModelInfo:
 class CheckpointInfo:
     """What a published checkpoint's card says of it; accuracies are fractions of the test set, mse is per entry.
 
+    `epochs` are those of its training, and before them of the published checkpoints that it started from.
     `accuracy_tta` is that with test-time augmentation, `strongest_group_accuracy` that of taking an autoencoder's
     strongest group for the class. A figure that the checkpoint does not have is None.
     """
@@ -69,7 +71,7 @@ class CheckpointInfo:
     dataset: str
     activation: str
     seed: int
-    epochs: int
+    epochs: tuple[int, ...]
     accuracy: float | None
     accuracy_tta: float | None
     mse: float | None
@@ -83,7 +85,7 @@ class CheckpointInfo:
         plain, augmented, groups = ("" if a is None else f"{100 * a:.2f}" for a in fractions)
         mse = "" if self.mse is None else f"{self.mse:.4f}"
         measured = [plain, augmented, mse, groups, f"{self.active_fraction:.3f}"]
-        recipe = [self.dataset, self.activation, str(self.seed), str(self.epochs)]
+        recipe = [self.dataset, self.activation, str(self.seed), " + ".join(map(str, self.epochs))]
         return [f"`{self.name}`", *recipe, *measured, f"{self.megabytes:.1f}"]
 
 
@@ -148,7 +150,7 @@ def describe_checkpoint(folder: Path) -> CheckpointInfo:
         dataset=facts["dataset"],
         activation=facts["activation"],
         seed=facts["seed"],
-        epochs=facts["training"]["trainer"]["max_epochs"],
+        epochs=_epochs(facts["training"]),
         accuracy=metrics.get("accuracy"),
         accuracy_tta=metrics.get("accuracy_tta"),
         mse=metrics.get("mse"),
@@ -156,6 +158,13 @@ def describe_checkpoint(folder: Path) -> CheckpointInfo:
         active_fraction=metrics["sparsity/active_fraction/total"],
         megabytes=(folder / hub.WEIGHTS).stat().st_size / 1e6,
     )
+
+
+def _epochs(training: Mapping[str, Any]) -> tuple[int, ...]:
+    start = training["model"]["init_args"].get("initial_checkpoint")
+    folder = hub.checkpoint_folders().get(start)
+    before = _epochs(hub.read_config(folder)["dsc"]["training"]) if folder else ()
+    return (*before, training["trainer"]["max_epochs"])
 
 
 class _NoValues(TorchDispatchMode):

@@ -26,6 +26,7 @@ from dsc.reproduce import EXPERIMENTS, results
 from dsc.tasks import Classifier, Reconstructor, Task
 
 DEFAULT_CONFIG = "configs/digits.yaml"
+PLACE = "a published name, a checkpoint folder, or a run folder"
 
 
 class Parser(LightningArgumentParser):
@@ -213,26 +214,31 @@ def _summary(command: Callable[..., Any]) -> str:
 
 
 def evaluate(args: Sequence[str]) -> None:
-    """Re-measure a checkpoint on its test set and compare with its card; a difference is an error."""
+    """Re-measure checkpoints and print every figure beside its card's; a difference is an error, told at the end."""
     parser = ArgumentParser(prog="dsc evaluate", description=evaluate.__doc__)
-    parser.add_argument("checkpoint", nargs="+", help="a published name, or a checkpoint folder")
+    parser.add_argument("checkpoint", nargs="+", help=PLACE)
     parser.add_argument("--data.root", dest="root", help="folder of the data sets (default: DSC_DATA, else data)")
     parser.add_argument("--picture", help="write the convergence curves there (of one checkpoint)")
     parsed = parser.parse_args(args)
     _quiet()
-    for name in parsed.checkpoint:
-        folder = hub.locate(name)
+    wrong = []
+    for name, folder in [(name, hub.locate(name)) for name in parsed.checkpoint]:
         summary, curves = report.measure_checkpoint(folder, parsed.root)
-        print(f"{folder.name}: {report.text(summary)}\n")
+        facts = hub.read_config(folder)["dsc"]
+        card = report.flat_figures(facts["metrics"], facts["convergence"])
+        measured = report.flat_figures(summary["test"], summary["convergence"])
+        print(f"{name}: {report.text(summary)}\n\n{report.beside(measured, card)}\n")
         if parsed.picture:
             figures.convergence_figure(curves).savefig(parsed.picture, dpi=120)
-        report.compare(summary["test"], hub.read_config(folder)["dsc"]["metrics"])
+        wrong += [f"{name}: {difference}" for difference in report.differences(measured, card)]
+    if wrong:
+        raise ValueError("these figures are not their card's: " + "; ".join(wrong))
 
 
 def halve(args: Sequence[str]) -> None:
     """Write a checkpoint again with its matrices in half precision, and the figures that it then has."""
     parser = ArgumentParser(prog="dsc halve", description=halve.__doc__)
-    parser.add_argument("checkpoint", help="a published name, or a checkpoint folder")
+    parser.add_argument("checkpoint", help=PLACE)
     parser.add_argument("out", type=Path, help="folder to write, which holds no checkpoint yet")
     parser.add_argument("--data.root", dest="root", help="folder of the data sets (default: DSC_DATA, else data)")
     parsed = parser.parse_args(args)
@@ -244,7 +250,7 @@ def halve(args: Sequence[str]) -> None:
 def write_report(args: Sequence[str]) -> None:
     """Write the page of a run or of a checkpoint, or of two side by side: one HTML file, without a network."""
     parser = ArgumentParser(prog="dsc report", description=write_report.__doc__)
-    parser.add_argument("place", help="a run folder, a checkpoint folder, or a published name")
+    parser.add_argument("place", help=PLACE)
     parser.add_argument("other", nargs="?", help="another, to be shown beside it")
     parser.add_argument("--out", type=Path, help="the file (default: report.html in the run, or in this folder)")
     parser.add_argument("--data.root", dest="root", help="folder of the data sets (default: DSC_DATA, else data)")
@@ -296,7 +302,7 @@ def predict(args: Sequence[str]) -> None:
     """Classes of image files with their probabilities, and which atoms and groups fired, the strongest first."""
     parser = ArgumentParser(prog="dsc predict", description=predict.__doc__)
     parser.add_argument("image", nargs="+", help="a file that Pillow reads; it is resized to the model's input")
-    parser.add_argument("--checkpoint", required=True, help="a published name, or a checkpoint folder")
+    parser.add_argument("--checkpoint", required=True, help=PLACE)
     parser.add_argument("--top", type=_count, default=5, help="how many classes, atoms and groups (default: 5)")
     parsed = parser.parse_args(args)
     model = load(hub.locate(parsed.checkpoint))
@@ -308,7 +314,7 @@ def predict(args: Sequence[str]) -> None:
 def export(args: Sequence[str]) -> None:
     """Write a checkpoint as a file that runs without this library, and check what it computes."""
     parser = ArgumentParser(prog="dsc export", description=export.__doc__)
-    parser.add_argument("checkpoint", help="a published name, or a checkpoint folder")
+    parser.add_argument("checkpoint", help=PLACE)
     parser.add_argument("--format", choices=exporting.SUFFIX, default="onnx", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="the file (default: the checkpoint's name, in this folder)")
     parsed = parser.parse_args(args)

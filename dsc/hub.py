@@ -20,6 +20,8 @@ from dsc.observe import activation_name
 
 NO_ARGS: Mapping[str, Any] = MappingProxyType({})
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+KEYS = ("architecture", "num_classes", "model_args", "pretrained_cfg", "dsc")  # of every `config.json`
+FACTS = ("task", "dataset", "normalize", "activation", "seed", "metrics", "convergence", "training", "sha256")
 
 
 def checkpoint_folders() -> dict[str, Path]:
@@ -40,8 +42,30 @@ def find(name: str) -> Path:
 
 
 def locate(name: str | Path) -> Path:
-    """Folder of a checkpoint by its published name or its path. Raises ValueError for neither, naming the nearest."""
-    return Path(name) if (Path(name) / CONFIG).is_file() else find(str(name))
+    """Folder of a checkpoint by its path, its run's, or its published name.
+
+    Raises:
+        ValueError: none of them; it names the nearest. FileNotFoundError: a run without weights.
+    """
+    folder = Path(name)
+    if is_run(folder):
+        return kept_by(folder)
+    return folder if (folder / CONFIG).is_file() else find(str(name))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether that is a run's folder."""
+    return (folder / "config.yaml").is_file()
+
+
+def kept_by(run: Path) -> Path:
+    """The checkpoint folder that a run wrote last. Raises FileNotFoundError where it has not written any."""
+    kept = sorted(run.glob(f"best*/{CONFIG}"), key=lambda path: path.stat().st_mtime)
+    if not kept:
+        raise FileNotFoundError(
+            f"{run} has no weights yet: its run has not finished; `--ckpt_path last` continues the newest run"
+        )
+    return kept[-1].parent
 
 
 def default_checkpoint(architecture: str) -> str | None:
@@ -55,18 +79,30 @@ def default_checkpoint(architecture: str) -> str | None:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint folder. Raises FileNotFoundError, or ValueError where it is not ours."""
+    """`config.json` of a checkpoint folder.
+
+    Raises FileNotFoundError, or ValueError where it was altered, truncated, or is not ours.
+    """
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no {CONFIG}")
-    config = json.loads(path.read_text())
-    if "dsc" not in config or "architecture" not in config:
-        raise ValueError(f"{path} lacks 'architecture' or 'dsc': it was not written by dsc")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path} was altered or truncated: {error}") from None
+    missing = [key for key in KEYS if key not in config] or [key for key in FACTS if key not in config["dsc"]]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(map(repr, missing))}: it was not written by dsc, or altered")
     return config
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """Weights of a checkpoint folder, once their SHA-256 agrees with its `config.json`.
+    """Weights of a checkpoint folder, verified. Raises as `verified`."""
+    return load_file(verified(folder))
+
+
+def verified(folder: str | Path) -> Path:
+    """Path of a checkpoint folder's weights, once their SHA-256 agrees with its `config.json`.
 
     Raises:
         FileNotFoundError: no weights. ValueError: another hash: the file was altered or truncated.
@@ -80,7 +116,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
         raise ValueError(f"{path} was altered or truncated: its SHA-256 is {found}, {CONFIG} says {expected}")
-    return load_file(path)
+    return path
 
 
 def load_weights(model: nn.Module, folder: str | Path, skip: tuple[str, ...] = ()) -> None:
@@ -191,9 +227,11 @@ def card(config: dict[str, Any]) -> str:
     facts = config["dsc"]
     name = f"{config['architecture']}, {facts['dataset']}, {facts['activation']}"
     rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in facts["metrics"].items())
+    start = facts["training"].get("model", {}).get("init_args", {}).get("initial_checkpoint")
+    recipe = f"Seed {facts['seed']}; " + (f"trained from the weights of `{start}`; " if start else "")
     return (
         "---\nlibrary_name: timm\nlicense: mit\ntags: [sparse-coding, deep-sparse-coding]\n---\n"
-        f"# {name}\n\nSeed {facts['seed']}; the training configuration is in `{CONFIG}` under `dsc.training`. "
+        f"# {name}\n\n{recipe}the training configuration is in `{CONFIG}` under `dsc.training`. "
         "`dsc evaluate path/to/this/folder` measures these figures anew.\n\n"
         f"| test figure | value |\n| --- | --- |\n{rows}\n\n"
         '```python\nimport dsc\n\nmodel = dsc.load("path/to/this/folder").eval()\n```\n'

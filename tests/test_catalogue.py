@@ -98,6 +98,14 @@ def test_checkpoints_are_described_by_their_cards():
     assert [row.name for row in catalogue.describe_checkpoints("dsc_cnn.mnist_relu")] == ["dsc_cnn.mnist_relu"]
 
 
+def test_epochs_are_counted_from_where_a_training_started():
+    epochs = {row.name: row.epochs for row in catalogue.describe_checkpoints("*.cifar10_relu*")}
+    assert epochs["dsc_speed.cifar10_relu"] == (20,)
+    assert epochs["dsc_speed.cifar10_relu_averaged"] == (20, 7, 5)
+    row = catalogue.describe_checkpoint(hub.find("dsc_cnn.mnist_relu_cutout"))
+    assert "8 + 12" in row.cells()
+
+
 def test_unknown_checkpoints_name_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'dsc_cnn.mnist_relu'"):
         catalogue.describe_checkpoints("dsc_cnn.mnist_rel")

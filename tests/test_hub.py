@@ -140,8 +140,36 @@ def test_folder_that_is_none(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="no checkpoint folder: it has no config.json"):
         models.load(tmp_path / "nowhere")
     (folder / "config.json").write_text('{"architecture": "resnet18"}')
-    with pytest.raises(ValueError, match="config.json lacks 'architecture' or 'dsc'"):
+    with pytest.raises(ValueError, match="config.json lacks .*'dsc': it was not written by dsc"):
         models.load(folder)
+
+
+def test_altered_card_is_found(folder):
+    path = folder / "config.json"
+    text = path.read_text()
+    path.write_text(text[:200])
+    with pytest.raises(ValueError, match=f"{path} was altered or truncated: .*line"):
+        models.load(folder)
+    path.write_bytes(b"\xff" + text.encode())
+    with pytest.raises(ValueError, match=f"{path} was altered or truncated: .*0xff"):
+        models.load(folder)
+    path.write_text(text.replace('"sha256"', '"sha"'))
+    with pytest.raises(ValueError, match=f"{path} lacks 'sha256'"):
+        models.load(folder)
+
+
+def test_a_run_s_folder_stands_for_what_it_wrote_last(model, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    for call in (models.load, hub.locate):
+        with pytest.raises(FileNotFoundError, match="has no weights yet"):
+            call(tmp_path)
+    save(model, tmp_path / "best", seed=1)
+    last = save(model, tmp_path / "best-2", seed=2)
+    os.utime(last / "config.json", (4e9, 4e9))
+    assert hub.locate(tmp_path) == hub.locate(str(tmp_path)) == last
+    (last / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="best-2/model.safetensors was altered"):
+        models.load(tmp_path)
 
 
 def test_other_architecture_says_what_differs(folder):
@@ -251,13 +279,35 @@ def test_number_of_classes_that_is_the_same_keeps_the_head(folder, model):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("activation", "soft"), ("group_size", 2), ("channels", [4, 4, 4]), ("threshold", 0.3)]
+    "key, value", [("activation", "soft"), ("activation", None), ("group_size", 2), ("channels", [4, 4, 4])]
 )
 def test_argument_against_the_checkpoint_is_an_error(folder, key, value):
     with pytest.raises(ValueError, match=f"checkpoint best was trained with {key}=.*, not "):
         models.load(folder, **{key: value})
     saved = ENTRIES["dsc_cnn"].get(key)
     assert models.load(folder, **{key: saved}) is not None
+
+
+@pytest.mark.parametrize(
+    "name, args",
+    [
+        ("dsc_cnn.mnist_relu", {"strides": (1, 1, 1)}),
+        ("dsc_cnn.mnist_relu", {"joint": False}),
+        ("dsc_cnn.mnist_relu", {"threshold": 0.3}),
+        ("dsc_cnn.mnist_relu", {"in_chans": 3}),
+        ("dsc_speed.cifar10_relu", {"global_pool": "avg"}),
+        ("dsc_vit_pico.mnist_relu", {"num_heads": 2}),
+        ("resnet18.cifar10_group_relu_nonneg", {"output_stride": 8}),
+    ],
+)
+def test_argument_that_the_weights_shapes_do_not_tell_is_an_error(name, args):
+    with pytest.raises(ValueError, match=f"checkpoint {name} was trained with"):
+        models.create_model(name, pretrained=True, **args)
+    if not name.startswith("resnet18"):
+        with pytest.raises(ValueError, match=f"checkpoint {name} was trained with"):
+            timm.create_model(name, pretrained=True, **args)
+    free = {key: None for key in args} | {"drop_rate": 0.1}
+    assert models.load(hub.find(name), **{k: v for k, v in free.items() if k != "in_chans"}) is not None
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"out_indices": (1, 2)}, {"num_classes": 4}])
@@ -370,6 +420,17 @@ for make in (timm.create_model, models.create_model):
     else:
         sys.exit("a conflicting activation was accepted")
 assert models.create_model("dsc_cnn").num_classes == 10, "a published checkpoint changed the untrained model"
+from pathlib import Path
+weights = Path("checkpoints/dsc_cnn.digits/model.safetensors")
+weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+for make in (timm.create_model, models.create_model):
+    for name in ("dsc_cnn.digits", "dsc_cnn"):
+        try:
+            make(name, pretrained=True)
+        except ValueError as error:
+            assert "model.safetensors was altered or truncated" in str(error)
+        else:
+            sys.exit("an altered file was loaded")
 """
     environment = os.environ | {"PYTHONPATH": str(published)}
     done = subprocess.run(

@@ -253,13 +253,29 @@ def test_table_is_aligned():
 
 def test_figures_that_miss_the_card_are_named():
     card = {"accuracy": 0.98, "loss": 0.1}
-    report.compare({"accuracy": 0.9801, "loss": 0.1, "more": 1.0}, card)
-    with pytest.raises(ValueError, match="accuracy: card 0.9800, measured 0.97$"):
-        report.compare({"accuracy": 0.97, "loss": 0.1}, card)
-    with pytest.raises(ValueError, match="loss: card 0.1000, measured None"):
-        report.compare({"accuracy": 0.98}, card)
-    with pytest.raises(ValueError, match="accuracy"):
-        report.compare({"accuracy": float("nan"), "loss": 0.1}, card)
+    assert report.differences({"accuracy": 0.9801, "loss": 0.1, "more": 1.0}, card) == []
+    assert report.differences({"accuracy": 0.97, "loss": 0.1}, card) == ["accuracy: card 0.9800, measured 0.97"]
+    assert report.differences({"accuracy": 0.98}, card) == ["loss: card 0.1000, measured None"]
+    assert report.differences({"accuracy": float("nan"), "loss": 0.1}, card) == ["accuracy: card 0.9800, measured nan"]
+
+
+def test_figures_of_convergence_have_names_of_their_own():
+    rows = [{"layer": "a", "solver": "ista", "errors": {"1": 0.5, "2": 0.25}, "rate": 0.5}]
+    rows += [{"layer": "a", "solver": "fista", "errors": {"1": 0.0}, "rate": None}]
+    found = report.flat_figures({"loss": 1.0}, rows)
+    assert found == {
+        "loss": 1.0,
+        "convergence/a ista k=1": 0.5,
+        "convergence/a ista k=2": 0.25,
+        "convergence/a ista rate": 0.5,
+        "convergence/a fista k=1": 0.0,
+    }
+
+
+def test_figures_stand_beside_the_card_s():
+    lines = report.beside({"new": 2.0, "accuracy": 0.97}, {"accuracy": 0.98, "loss": 0.1}).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[2:] == [["accuracy", "0.9800", "0.9700"], ["loss", "0.1000", ""], ["new", "", "2.0000"]]
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,14 @@ def test_any_image_size_unless_the_model_declares_its_own(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_images_of_other_channels_are_refused_by_both_numbers(name):
+    model = entry(name)
+    channels, *size = model.pretrained_cfg["input_size"]
+    with pytest.raises((ValueError, RuntimeError), match=rf"\b{channels}\b.*channels|expected .*\b{channels}\b"):
+        model(images(2, channels + 1, *size))
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_state_dict_carries_the_whole_model(name):
     model, copy = entry(name), entry(name, seed=1)
     x = batch(model)

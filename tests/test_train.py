@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def failure(capsys, *args):
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     command = [sys.executable, str(ROOT / "train.py"), "--runs", str(root), "--trainer.max_epochs", "3"]
+    command += ["--data.val_fraction", "0.12"]  # other images than by default, on which convergence is measured
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return root / "digits" / "1", done.stdout
@@ -93,17 +95,40 @@ def test_best_weights_load_and_give_the_accuracy_of_the_summary(run):
 def test_evaluate_agrees_with_the_card_and_notices_when_it_does_not(run, capsys, tmp_path):
     folder, _ = run
     main(["evaluate", str(folder / "best"), "--picture", str(tmp_path / "curves.png")])
-    assert "accuracy" in capsys.readouterr().out
+    card = json.loads((folder / "best/config.json").read_text())["dsc"]
+    accuracy, error = card["metrics"]["accuracy"], card["convergence"][0]["errors"]["8"]
+    out = capsys.readouterr().out
+    assert re.search(rf"\| accuracy +\| {accuracy:.4f} +\| {accuracy:.4f} +\|", out)
+    assert re.search(rf"\| convergence/\S+ ista k=8 +\| {error:.4f} +\| {error:.4f} +\|", out)
     assert (tmp_path / "curves.png").is_file()
-    config = json.loads((folder / "best/config.json").read_text())
-    config["dsc"]["metrics"]["accuracy"] += 0.01
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text(json.dumps(config))
-    (other / "model.safetensors").write_bytes((folder / "best/model.safetensors").read_bytes())
+
+
+def test_evaluate_tells_every_difference_once_all_is_measured(run, capsys, tmp_path):
+    folder, _ = run
+    for wrong in ("accuracy", "error"):
+        other = tmp_path / wrong
+        shutil.copytree(folder / "best", other)
+        config = json.loads((other / "config.json").read_text())
+        if wrong == "accuracy":
+            config["dsc"]["metrics"]["accuracy"] += 0.01
+        else:
+            config["dsc"]["convergence"][-1]["errors"]["4"] += 0.01
+        (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit):
-        main(["evaluate", str(other)])
-    assert "does not reach its card's figures: accuracy" in capsys.readouterr().err
+        main(["evaluate", str(tmp_path / "accuracy"), str(tmp_path / "error"), str(folder)])
+    told = capsys.readouterr()
+    assert told.out.count("test accuracy") == 3
+    (line,) = told.err.splitlines()[-1:]
+    assert "these figures are not their card's" in line and line.count("card 0.") == 2
+    assert re.search(r"accuracy: accuracy: card .*; .*error: convergence/\S+ fista k=4: card ", line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dsc_mlp_pico.mnist_relu", "dsc_attn_pico.mnist_soft", "gsae.mnist_group_relu"])
+def test_published_checkpoints_are_measured_as_their_cards_say(name):
+    if ImageData("mnist")._missing():
+        pytest.skip("no mnist data: set DSC_DATA to its folder")
+    main(["evaluate", name])  # ends with an error where a figure is not its card's
 
 
 def test_halve_writes_rounded_weights_with_the_figures_they_reach(run, capsys, tmp_path):

@@ -79,14 +79,16 @@ def create_model(
 
 
 def load(folder: str | Path, **kwargs: Any) -> nn.Module:
-    """Model of a checkpoint folder (published, or a run's `best`), its weights verified and loaded strictly.
+    """Model of a checkpoint folder, or of what a run's folder keeps, its weights verified and loaded strictly.
 
-    Another `num_classes` replaces the head by a fresh one.
+    Another `num_classes` replaces the head by a fresh one; `steps` and `solver`, where the training left them at their
+    default, solve the same layers further.
 
     Raises:
         FileNotFoundError, ValueError: no such folder, an altered file, another architecture.
     """
-    return _load(Path(folder), kwargs)
+    folder = Path(folder)
+    return _load(hub.kept_by(folder) if hub.is_run(folder) else folder, kwargs)
 
 
 def _load(folder: Path, kwargs: dict[str, Any]) -> nn.Module:

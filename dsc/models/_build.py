@@ -156,6 +156,8 @@ def build(
     if name is not None and name in hub.checkpoint_folders():
         config = hub.read_config(hub.find(name))
         check_against(name, config["model_args"], kwargs)
+        if pretrained:  # timm reads the file, and asks for no hash
+            hub.verified(hub.find(name))
         kwargs = config["model_args"] | kwargs | {"pretrained_cfg": name.split(".", 1)[1]}
     kwargs = take_options(with_defaults(kwargs, defaults))
     if stages is None:
@@ -192,20 +194,30 @@ def take_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return rest | {"activation": configure(kwargs["activation"], **options)}
 
 
-HEAD_ARGS = ("num_classes", "in_chans", "drop_rate", "pretrained_cfg")
-THRESHOLD_ARGS = ("threshold", "learn_threshold")
+# What a checkpoint may be loaded with, whatever it was trained with: another head, and timm's own ways to load it …
+LOADING_ARGS = (
+    *("num_classes", "drop_rate", "drop_path_rate", "features_only", "out_indices"),
+    *("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
+)
+SOLVING_ARGS = ("steps", "solver")  # … and where its training left them at their default, to solve the layers further
 
 
 def check_against(name: str, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise ValueError where an argument asked for contradicts a checkpoint's saved ones.
+    """Raise ValueError where an argument asked for may change what a checkpoint's weights compute.
 
-    What its training left at a default may be given: more steps of a trained layer, say, or another solver.
+    Strides or heads, say, have no weights of their own, so that the weights' shapes do not tell.
     """
     for key, value in asked.items():
-        # A λ that the checkpoint was not given was its model's own, and the one asked for would be lost to its weights.
-        given = key in saved or (key in THRESHOLD_ARGS and value is not None)
-        if given and key not in HEAD_ARGS and _plain(saved.get(key)) != _plain(value):
-            raise ValueError(f"checkpoint {name} was trained with {key}={saved.get(key)!r}, not {value!r}")
+        if key in LOADING_ARGS:
+            continue
+        if key in saved and _plain(saved[key]) != _plain(value):
+            raise ValueError(f"checkpoint {name} was trained with {key}={saved[key]!r}, not {value!r}")
+        if key not in saved and key not in SOLVING_ARGS and value is not None:
+            known = ", ".join(repr(k) for k in (*SOLVING_ARGS, "num_classes", "features_only"))
+            raise ValueError(
+                f"checkpoint {name} was trained without {key}={value!r}, and might compute something else with it: "
+                f"load it as it is; what may be given is {known}"
+            )
 
 
 def _plain(value: Any) -> Any:
