@@ -218,8 +218,12 @@ def evaluate(args: Sequence[str]) -> None:
     parser = ArgumentParser(prog="dsc evaluate", description=evaluate.__doc__)
     parser.add_argument("checkpoint", nargs="+", help=PLACE)
     parser.add_argument("--data.root", dest="root", help="folder of the data sets (default: DSC_DATA, else data)")
-    parser.add_argument("--picture", help="write the convergence curves there (of one checkpoint)")
+    parser.add_argument("--picture", type=Path, help="write the convergence curves there, of one checkpoint")
     parsed = parser.parse_args(args)
+    if parsed.picture:
+        if len(parsed.checkpoint) > 1:
+            raise ValueError(f"--picture is of one checkpoint, got {len(parsed.checkpoint)}")
+        runs.check_new(parsed.picture)
     _quiet()
     wrong = []
     for name, folder in [(name, hub.locate(name)) for name in parsed.checkpoint]:

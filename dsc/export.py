@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsc._names import unknown
-from dsc.runs import whole
+from dsc.runs import check_new, whole
 
 Format = Literal["onnx", "torch"]
 SUFFIX: dict[str, str] = {"onnx": ".onnx", "torch": ".pt2"}
@@ -27,13 +27,13 @@ def export(
     Raises:
         ValueError: an unknown format, a model of several outputs (``features_only``), or a difference above 1e-4: then
             nothing is left behind.
-        FileExistsError: the file is there already. ImportError: a package is missing.
+        FileExistsError: the file is there already. FileNotFoundError: its folder is not.
+        ImportError: a package is missing.
     """
     path = Path(path)
     if format not in get_args(Format):
         raise ValueError(unknown("format", format, get_args(Format)))
-    if path.exists():
-        raise FileExistsError(f"{path} exists already: give another file name")
+    check_new(path)
     model.eval()
     size = input_size or model.pretrained_cfg["input_size"]  # type: ignore[index]
     with whole(path) as unfinished:

@@ -236,7 +236,7 @@ def write_report(places: Sequence[str], out: Path | None = None, root: str | Non
     """
     found = [locate(place) for place in places]
     if out is not None:
-        _check_new(out)
+        runs.check_new(out)
     sources = [source(run, folder, *restore(folder, root)) for run, folder in found]
     if out is None and len(found) == 1 and found[0][0] is not None:
         out = found[0][0] / PAGE
@@ -251,13 +251,6 @@ def write_page(sources: Sequence[Source], path: Path) -> Path:
     with runs.whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
     return path
-
-
-def _check_new(path: Path) -> None:
-    if path.exists():
-        raise FileExistsError(f"{path} exists already: choose another file with --out")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no folder: make it first, or choose another file with --out")
 
 
 def locate(place: str) -> tuple[Path | None, Path]:

@@ -43,6 +43,14 @@ def fresh(path: Path) -> Path:
     return candidate
 
 
+def check_new(path: Path) -> None:
+    """Raise FileExistsError where `path` exists, FileNotFoundError where its folder does not."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: choose another file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder: make it first, or choose another file")
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, with its suffix: `path` itself once the block has ended well, else gone."""

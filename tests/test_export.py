@@ -93,3 +93,6 @@ def test_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["export", "dsc_cnn.mnist_relu", "--format", "torch"])
     assert "exists already" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["export", "dsc_cnn.mnist_relu", "--out", "nowhere/model.onnx"])
+    assert "nowhere is no folder: make it first" in capsys.readouterr().err

@@ -101,6 +101,10 @@ def test_evaluate_agrees_with_the_card_and_notices_when_it_does_not(run, capsys,
     assert re.search(rf"\| accuracy +\| {accuracy:.4f} +\| {accuracy:.4f} +\|", out)
     assert re.search(rf"\| convergence/\S+ ista k=8 +\| {error:.4f} +\| {error:.4f} +\|", out)
     assert (tmp_path / "curves.png").is_file()
+    for places, message in (([folder], "curves.png exists already"), ([folder, folder], "of one checkpoint, got 2")):
+        with pytest.raises(SystemExit):
+            main(["evaluate", *map(str, places), "--picture", str(tmp_path / "curves.png")])
+        assert message in capsys.readouterr().err
 
 
 def test_evaluate_tells_every_difference_once_all_is_measured(run, capsys, tmp_path):
