@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"))
     parsed, more = parser.parse_known_args()
+    if not (parsed.configs or parsed.checkpoints):
+        parser.error("give a configuration, or --checkpoints")
     rows = []
     for config in parsed.configs:
         for kind in parsed.kinds:
