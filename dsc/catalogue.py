@@ -150,7 +150,7 @@ def describe_checkpoint(folder: Path) -> CheckpointInfo:
         dataset=facts["dataset"],
         activation=facts["activation"],
         seed=facts["seed"],
-        epochs=_epochs(facts["training"]),
+        epochs=_epochs(facts),
         accuracy=metrics.get("accuracy"),
         accuracy_tta=metrics.get("accuracy_tta"),
         mse=metrics.get("mse"),
@@ -160,11 +160,10 @@ def describe_checkpoint(folder: Path) -> CheckpointInfo:
     )
 
 
-def _epochs(training: Mapping[str, Any]) -> tuple[int, ...]:
-    start = training["model"]["init_args"].get("initial_checkpoint")
-    folder = hub.checkpoint_folders().get(start)
-    before = _epochs(hub.read_config(folder)["dsc"]["training"]) if folder else ()
-    return (*before, training["trainer"]["max_epochs"])
+def _epochs(facts: Mapping[str, Any]) -> tuple[int, ...]:
+    folder = hub.checkpoint_folders().get(hub.trained_with(facts, "model").get("initial_checkpoint", ""))
+    before = _epochs(hub.read_config(folder)["dsc"]) if folder else ()
+    return (*before, facts["training"]["trainer"]["max_epochs"])
 
 
 class _NoValues(TorchDispatchMode):

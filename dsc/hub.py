@@ -96,6 +96,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def trained_with(facts: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Arguments of a card's training, of its "model" or "data"; none where the card does not say."""
+    found: dict[str, Any] = facts["training"].get(part, {}).get("init_args", {})
+    return found
+
+
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """Weights of a checkpoint folder, verified. Raises as `verified`."""
     return load_file(verified(folder))
@@ -227,7 +233,7 @@ def card(config: dict[str, Any]) -> str:
     facts = config["dsc"]
     name = f"{config['architecture']}, {facts['dataset']}, {facts['activation']}"
     rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in facts["metrics"].items())
-    start = facts["training"].get("model", {}).get("init_args", {}).get("initial_checkpoint")
+    start = trained_with(facts, "model").get("initial_checkpoint")
     recipe = f"Seed {facts['seed']}; " + (f"trained from the weights of `{start}`; " if start else "")
     return (
         "---\nlibrary_name: timm\nlicense: mit\ntags: [sparse-coding, deep-sparse-coding]\n---\n"

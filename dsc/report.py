@@ -70,12 +70,12 @@ def restore(folder: Path, root: str | None = None) -> tuple[Task, ImageData]:
     """Task and data of a checkpoint folder, with its weights, and with its training's validation images."""
     config = hub.read_config(folder)
     facts = config["dsc"]
-    held_out = facts["training"].get("data", {}).get("init_args", {}).get("val_fraction")
+    held_out = hub.trained_with(facts, "data").get("val_fraction")
     split = {} if held_out is None else {"val_fraction": held_out}  # codes' convergence is measured on those images
     data = ImageData(facts["dataset"], root=root, normalize=facts["normalize"], **split)
     kind = {"Classifier": Classifier, "Reconstructor": Reconstructor}[facts["task"]]
     options = {"test_time_augmentation": True} if "accuracy_tta" in facts["metrics"] else {}
-    trained = facts["training"].get("model", {}).get("init_args", {})
+    trained = hub.trained_with(facts, "model")
     options["channels_last"] = bool(trained.get("channels_last"))  # as in its training, and on a CPU half again as fast
     task = kind(model=config["architecture"], model_args=config["model_args"], data=data, **options)
     hub.load_weights(task.model, folder)

@@ -154,10 +154,11 @@ def build(
     if name is None and pretrained and tag is None:
         name = hub.default_checkpoint(architecture)
     if name is not None and name in hub.checkpoint_folders():
-        config = hub.read_config(hub.find(name))
+        folder = hub.find(name)
+        config = hub.read_config(folder)
         check_against(name, config["model_args"], kwargs)
         if pretrained:  # timm reads the file, and asks for no hash
-            hub.verified(hub.find(name))
+            hub.verified(folder)
         kwargs = config["model_args"] | kwargs | {"pretrained_cfg": name.split(".", 1)[1]}
     kwargs = take_options(with_defaults(kwargs, defaults))
     if stages is None:
