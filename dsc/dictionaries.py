@@ -6,6 +6,7 @@ weights are a dictionary and the other way round.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Self
 
 import torch
@@ -16,8 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from dsc import measures, spectra
 
 SAFETY = 1.05  # a power iteration approaches L from below; the margin covers what is missing
-
-GradientStep = Callable[[Tensor, Tensor, Tensor], Tensor]
+GradientStep = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
 
 
 class Dictionary(nn.Module):
@@ -81,12 +81,12 @@ class Dictionary(nn.Module):
         return step * correlations
 
     def gradient_step(self, step: float | Tensor, signals: Tensor, bias: Tensor | None = None) -> GradientStep:
-        """The function ``(z, x, s(Dᵀx + b)) ↦ z + s(Dᵀ(x − Dz) + b)``; what its uses share is computed here, once.
+        """The function ``(x, s(Dᵀx + b)) ↦ (z ↦ z + s(Dᵀ(x − Dz) + b))``; what its uses share is computed once.
 
         `step` is s, one number; `signals` are those to be coded, of which the x to come may be parts; `bias` is b, a
         value an atom.
         """
-        return lambda z, x, driven: z + driven - step * self.analyze(self.synthesize(z, x.shape[-2:]))
+        return lambda x, driven: lambda z: z + driven - step * self.analyze(self.synthesize(z, x.shape[-2:]))
 
     def lipschitz(self) -> Tensor:
         """Upper bound of ``‖D‖²``, the Lipschitz constant of the gradient of ``½‖x − Dz‖²``."""
@@ -115,10 +115,7 @@ class Dictionary(nn.Module):
         return self.lipschitz() * (1 + 4 * torch.finfo(self.weight.dtype).eps)
 
     def _symbol(self) -> tuple[Tensor, Tensor | None] | None:
-        """Real and imaginary part (None for zero) of the matrices D splits into: (frequencies, atoms, channels).
-
-        None where there are no such matrices to iterate with.
-        """
+        """Real and imaginary parts (None: 0) of the matrices D splits into, if any: (frequencies, atoms, channels)."""
         return None
 
     @torch.no_grad()
@@ -226,16 +223,16 @@ class DenseDictionary(Dictionary):
         weight = self.weight
         if self.gram_is_cheaper(signals):
             turn = torch.eye(self.num_atoms, dtype=weight.dtype, device=weight.device) - step * self.gram()
-            return lambda z, x, driven: torch.addmm(_rows(driven), _rows(z), turn).view(z.shape)
+            return lambda x, driven: lambda z: torch.addmm(_rows(driven), _rows(z), turn).view(z.shape)
         scaled, shift = _scaled(step, weight, bias)
         back = scaled.mT
 
-        def by_residual(z: Tensor, x: Tensor, driven: Tensor) -> Tensor:
+        def by_residual(x: Tensor, z: Tensor) -> Tensor:
             residual = torch.addmm(_rows(x), _rows(z), weight, alpha=-1)
             moved = torch.addmm(_rows(z), residual, back).view(z.shape)
             return moved if shift is None else moved.add_(shift)
 
-        return by_residual
+        return lambda x, driven: partial(by_residual, x)
 
     def gram_is_cheaper(self, signals: Tensor) -> bool:
         """Whether ``sDᵀx + (I − sDᵀD)z`` costs no more than ``z + sDᵀ(x − Dz)`` even if DᵀD serves a single step.
@@ -275,8 +272,7 @@ class ConvDictionary(Dictionary):
         if not 0 <= padding < kernel_size:
             raise ValueError(f"padding must be in [0, kernel_size={kernel_size}), got {padding}")
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
-        weight = torch.randn(num_atoms, in_channels, kernel_size, kernel_size)
-        super().__init__(weight)
+        super().__init__(torch.randn(num_atoms, in_channels, kernel_size, kernel_size))
 
     def synthesize(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
         _check_shape("codes", z, -3, self.num_atoms)
@@ -294,11 +290,16 @@ class ConvDictionary(Dictionary):
         kernel = self._kernel()
         scaled, shift = _scaled(step, kernel, bias)
 
-        def by_residual(z: Tensor, x: Tensor, driven: Tensor) -> Tensor:
-            residual = x - self._synthesize(z, x.shape[-2:], kernel)
-            return self._analyze(residual, scaled, shift).add_(z)
+        def move(x: Tensor, z: Tensor) -> Tensor:
+            return self._analyze(x - self._synthesize(z, x.shape[-2:], kernel), scaled, shift).add_(z)
 
-        return by_residual
+        def move_phases(phases: Tensor, inside: Tensor, z: Tensor) -> Tensor:
+            residual = torch.addcmul(phases, inside, F.conv_transpose2d(z, kernel), value=-1)
+            return F.conv2d(residual, scaled, shift).add_(z)
+
+        if self.by_phases:  # the residual stays in phases: no step turns it into an image and back
+            return lambda x, driven: partial(move_phases, self._phases(x), self._phases(x.new_ones(x.shape[-3:])))
+        return lambda x, driven: partial(move, x)
 
     def signal_side(self, side: int) -> int:
         """Least height (or width) of a signal whose code is of that height."""
@@ -313,7 +314,8 @@ class ConvDictionary(Dictionary):
 
     def _synthesize(self, z: Tensor, size: Sequence[int] | None, kernel: Tensor) -> Tensor:
         reached = [self.signal_side(n) for n in z.shape[-2:]]
-        rows, columns = (s - r for s, r in zip(size or reached, reached, strict=True))
+        height, width = size or reached
+        rows, columns = height - reached[0], width - reached[1]
         # A strided convolution drops up to stride − 1 pixels at the far edge: its adjoint puts zeros there.
         if not (0 <= rows < self.stride and 0 <= columns < self.stride):
             raise ValueError(
@@ -321,9 +323,8 @@ class ConvDictionary(Dictionary):
             )
         if self.by_phases:
             x = F.pixel_shuffle(F.conv_transpose2d(z, kernel), self.stride)
-            height, width = reached[0] + rows, reached[1] + columns
-            x = x[..., self.padding : self.padding + height, self.padding : self.padding + width]
-            return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
+            right, below = width + self.padding - x.shape[-1], height + self.padding - x.shape[-2]
+            return F.pad(x, (-self.padding, right, -self.padding, below))
         return F.conv_transpose2d(z, kernel, stride=self.stride, padding=self.padding, output_padding=(rows, columns))
 
     def _analyze(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -334,10 +335,12 @@ class ConvDictionary(Dictionary):
             )
         if not self.by_phases:
             return F.conv2d(x, kernel, bias, self.stride, self.padding)
-        far = [((n + 2 * self.padding - self.kernel_size) // self.stride + kernel.shape[-1]) * self.stride
-               - n - self.padding for n in x.shape[-2:]]  # fmt: skip
-        x = F.pad(x, (self.padding, far[1], self.padding, far[0]))
-        return F.conv2d(F.pixel_unshuffle(x, self.stride), kernel, bias)
+        return F.conv2d(self._phases(x), kernel, bias)
+
+    def _phases(self, x: Tensor) -> Tensor:
+        reach = -(-self.kernel_size // self.stride) - 1  # of the last atom, in strides: pixels beyond it are cut off
+        far = [(self.code_side(n) + reach) * self.stride - n - self.padding for n in x.shape[-2:]]
+        return F.pixel_unshuffle(F.pad(x, (self.padding, far[1], self.padding, far[0])), self.stride)
 
     @property
     def by_phases(self) -> bool:
@@ -354,8 +357,7 @@ class ConvDictionary(Dictionary):
     def lipschitz(self) -> Tensor:
         """``max_ω λ_max(Ŵ(ω)ᴴŴ(ω))``, see `dsc.spectra.squared_norm_bound`.
 
-        Zero-padded or cropped images of any size have a smaller norm than the infinite image that this symbol
-        describes.
+        Zero-padded or cropped images of any size have a smaller norm than the infinite one that this symbol describes.
         """
         return spectra.squared_norm_bound(self.polyphase()).to(self.weight.dtype)
 

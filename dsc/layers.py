@@ -93,7 +93,7 @@ class SparseCoding(nn.Module):
         move = self.dictionary.gradient_step(step, x, self.bias)
 
         def solve_part(x: Tensor, driven: Tensor, start: Tensor | None) -> Tensor:
-            proximal_step = ProximalStep(lambda z: move(z, x, driven), lambda z: self.prox(z, step))
+            proximal_step = ProximalStep(move(x, driven), lambda z: self.prox(z, step))
             first = self.prox(driven, step) if start is None else proximal_step(start)
             return solver.solve(first, proximal_step, record, self._gap_of(x), start)
 
