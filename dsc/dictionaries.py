@@ -225,10 +225,10 @@ class DenseDictionary(Dictionary):
             turn = torch.eye(self.num_atoms, dtype=weight.dtype, device=weight.device) - step * self.gram()
             return lambda x, driven: lambda z: torch.addmm(_rows(driven), _rows(z), turn).view(z.shape)
         scaled, shift = _scaled(step, weight, bias)
-        back = scaled.mT
+        back, negative = scaled.mT, -weight  # so that no gradient as large as the code has to change its sign
 
         def by_residual(x: Tensor, z: Tensor) -> Tensor:
-            residual = torch.addmm(_rows(x), _rows(z), weight, alpha=-1)
+            residual = torch.addmm(_rows(x), _rows(z), negative)
             moved = torch.addmm(_rows(z), residual, back).view(z.shape)
             return moved if shift is None else moved.add_(shift)
 
@@ -288,13 +288,13 @@ class ConvDictionary(Dictionary):
 
     def gradient_step(self, step: float | Tensor, signals: Tensor, bias: Tensor | None = None) -> GradientStep:
         kernel = self._kernel()
-        scaled, shift = _scaled(step, kernel, bias)
+        (scaled, shift), negative = _scaled(step, kernel, bias), -kernel
 
         def move(x: Tensor, z: Tensor) -> Tensor:
-            return self._analyze(x - self._synthesize(z, x.shape[-2:], kernel), scaled, shift).add_(z)
+            return self._analyze(x + self._synthesize(z, x.shape[-2:], negative), scaled, shift).add_(z)
 
         def move_phases(phases: Tensor, inside: Tensor, z: Tensor) -> Tensor:
-            residual = torch.addcmul(phases, inside, F.conv_transpose2d(z, kernel), value=-1)
+            residual = torch.addcmul(phases, inside, F.conv_transpose2d(z, negative))
             return F.conv2d(residual, scaled, shift).add_(z)
 
         if self.by_phases:  # the residual stays in phases: no step turns it into an image and back

@@ -41,7 +41,8 @@ Threshold = float | Tensor
 
 def relu(z: Tensor, threshold: Threshold) -> Tensor:
     """One-sided shrinkage ``max(z − t, 0)``."""
-    return F.relu(z - threshold, inplace=True)  # of the difference, which nobody else holds
+    # The difference nobody else holds; as a sum, its gradient needs no pass that changes signs.
+    return F.relu(z + -threshold, inplace=True)
 
 
 def soft(z: Tensor, threshold: Threshold) -> Tensor:
