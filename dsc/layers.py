@@ -82,11 +82,16 @@ class SparseCoding(nn.Module):
     def solve(
         self, x: Tensor, solver: ISTA | None = None, record: list[Tensor] | None = None, start: Tensor | None = None
     ) -> Tensor:
-        """Code of `x` by `solver` (default: the layer's own), from zero or `start`; iterates go to `record`."""
+        """Code of `x` by `solver` (default: the layer's own), from zero or `start`; iterates go to `record`.
+
+        Raises ValueError for a start of another shape than the code's.
+        """
         solver = solver or self.solver
         self._check(solver)
         step = self._step_of(solver)
         driven = self.dictionary.drive(x, step, self.bias, self.prox.dim)
+        if start is not None and start.shape != driven.shape:
+            raise ValueError(f"start of shape {tuple(start.shape)}, expected the code's, {tuple(driven.shape)}")
         # From zero the synthesis vanishes: the first step is a plain layer, and the only one may well be.
         if start is None and solver.steps == 1 and solver.gradient != "implicit":
             return solver.solve(self.prox(driven, step), _no_second_step, record)

@@ -456,3 +456,10 @@ def test_gradients_of_torch_func_are_those_of_autograd(make, shape, training):
 def test_a_tolerance_is_reached_by_no_signals():
     layer = dense(solver=FISTA(steps=50, tol=1e-3)).eval()
     assert layer(torch.randn(0, 6)).shape == (0, 8)
+
+
+@pytest.mark.parametrize("kernel_size,stride", [(2, 2), (3, 2), (3, 1)])  # by phases, one without overlap, and not
+def test_a_start_of_another_shape_is_refused_with_both(kernel_size, stride):
+    layer = SparseCoding(ConvDictionary(1, 3, kernel_size, stride), create_activation("soft", threshold=0.1))
+    with pytest.raises(ValueError, match=r"\(2, 3, 1, 1\), expected .*\(2, 3, \d, \d\)"):
+        layer.solve(torch.randn(2, 1, 9, 9), start=torch.zeros(2, 3, 1, 1))
