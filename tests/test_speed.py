@@ -77,6 +77,27 @@ def test_one_step_is_the_plain_network(mode):
     torch.testing.assert_close(model(x), getattr(network, mode)()(x), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_only_the_last_stage_may_be_unrolled_the_others_being_airbenchs(mode):
+    model = make(unrolled="last", channels=(4, 6)).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias)
+    first, last = model.stages
+    plain = [first.conv, nn.MaxPool2d(2), first.norm1, nn.ReLU(), first.conv2, first.norm2, nn.ReLU()]
+    x = images(3, 3, 16, 13, dtype=torch.float64)
+    getattr(model, mode)()
+    expected = last(nn.Sequential(model.whiten, *plain)(x))
+    torch.testing.assert_close(model.forward_features(x), expected, rtol=1e-11, atol=1e-12)
+    assert last.coder.solver.steps == 2
+    torch.testing.assert_close(first.conv2(images(1, 4, 5, 5).double()), images(1, 4, 5, 5).double())
+
+
+def test_unknown_choice_of_stages_is_named():
+    with pytest.raises(ValueError, match=r"'first'.*all.*last"):
+        make(unrolled="first")
+
+
 def test_more_steps_solve_each_stages_problem():
     model = make(steps=300, solver="fista", channels=(4, 6), threshold=0.5).double().eval()
     coder = model.stages[0].coder
@@ -86,17 +107,18 @@ def test_more_steps_solve_each_stages_problem():
     torch.testing.assert_close(coder(x), trace.codes[-1])
 
 
-def test_feature_maps_are_the_stages_codes():
+@pytest.mark.parametrize("unrolled", ["all", "last"])
+def test_feature_maps_are_the_stages_codes(unrolled):
     torch.manual_seed(0)
-    features = create_model("dsc_speed", features_only=True, channels=(4, 6, 8)).eval()
-    model = make(channels=(4, 6, 8)).eval()
+    features = create_model("dsc_speed", features_only=True, channels=(4, 6, 8), unrolled=unrolled).eval()
+    model = make(channels=(4, 6, 8), unrolled=unrolled).eval()
     x = images(2, 3, 32, 32)
     maps, expected = features(x), model.whiten(x)
     assert features.feature_info.channels() == [4, 6, 8]
     assert features.feature_info.reduction() == [2, 4, 8]
     for found, stage in zip(maps, model.stages, strict=True):
         expected = stage(expected)
-        assert torch.equal(stage.norm3(found), expected)
+        assert torch.equal(stage.norm3(found) if hasattr(stage, "coder") else found, expected)
 
 
 def test_fewer_stages_give_fewer_feature_maps():
