@@ -42,7 +42,7 @@ class Task(LightningModule):
             head and activation may be others: then the classifier and the thresholds start afresh.
         regularizers: penalties on the codes of the model's sparse layers (`dsc.regularizers`).
         optimizer: one of torch's or timm's, None for AdamW; weight decay reaches only parameters of two or more
-            dimensions, and timm's Muon leaves the classifier to its fallback.
+            dimensions, and timm's Muon (`dsc.optimizers.Muon`) leaves the classifier to its fallback.
         lr_scheduler: called with the optimizer and the run's number of steps, stepped after each; None for none.
         bias_lr: rate of biases, normalisations and thresholds, all of one dimension, as a multiple of the optimizer's.
             Many times the rate of the matrices saves a fast training epochs (as in airbench, Jordan 2024).

@@ -27,7 +27,7 @@ ROWS = [
     ["catalogue", "export", "predict"],
     ["models"],
     ["hub"],
-    ["metrics", "regularizers", "schedules", "trainers"],
+    ["metrics", "optimizers", "regularizers", "schedules", "trainers"],
     ["observe"],
     ["blocks"],
     ["dictionary_learning", "theory"],
