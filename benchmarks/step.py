@@ -32,6 +32,9 @@ class Case:
     batch: int
     args: dict[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return ", ".join([self.name, *(f"{key}={value}" for key, value in self.args.items())])
+
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
 CASES = (
@@ -39,6 +42,7 @@ CASES = (
     Case("dsc_cnn", MNIST, 128),
     Case("dsc_cnn_cifar", CIFAR, 128),
     Case("dsc_speed", CIFAR, 128),
+    Case("dsc_speed", CIFAR, 128, {"unrolled": "last"}),
     Case("dsc_resnet20", CIFAR, 64),
     Case("dsc_resnet18", CIFAR, 16),
     Case("dsc_vit_pico", CIFAR, 64),
@@ -107,7 +111,7 @@ def row(case: Case, repeats: int, half: bool, compiled: bool) -> tuple[str, ...]
     ms = (f"{1e3 * seconds[kind, 'eager'] / case.batch:.3f}" for kind in KINDS)
     ways = ("eager", "compiled") if compiled else ("eager",)
     ratios = (f"{seconds[kind, way] / seconds[kind, 'floor']:.2f}" for way in ways for kind in KINDS)
-    return case.name, *ms, f"{seconds['twin', 'eager'] / seconds['sparse', 'eager']:.2f}", *ratios
+    return str(case), *ms, f"{seconds['twin', 'eager'] / seconds['sparse', 'eager']:.2f}", *ratios
 
 
 KINDS: dict[str, dict[str, Any]] = {"sparse": {}, "twin": {"steps": 1}}
