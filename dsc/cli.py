@@ -1,5 +1,6 @@
 """The command line: `dsc train` (configuration → fit → test → report) and what is done with models and runs."""
 
+import os
 import re
 import sys
 import warnings
@@ -204,6 +205,10 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(f"dsc: {unknown('command', command, COMMANDS)}")
     try:
         COMMANDS[command](rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at the exit fails again
+        sys.exit(1)
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError) as error:
         sys.stderr.write(f"dsc {command}: {_cause(str(error))}\n")
         sys.exit(2)

@@ -374,3 +374,11 @@ def test_help_says_what_each_command_does(capsys):
 def test_an_unknown_command_names_the_nearest(capsys):
     with pytest.raises(SystemExit, match="unknown command 'trian'; did you mean 'train'"):
         main(["trian"])
+
+
+def test_a_reader_that_stops_reading_ends_the_command_without_a_traceback():
+    command = [sys.executable, "-c", "from dsc.cli import main; main()", "models", "dsc_mlp*"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
