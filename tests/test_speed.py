@@ -4,6 +4,7 @@ from torch import nn
 
 from dsc.models import create_model
 from dsc.models.speed import whitening_atoms
+from dsc.prox import ReLU
 
 
 def images(*shape, seed=0, dtype=torch.float32):
@@ -78,18 +79,22 @@ def test_one_step_is_the_plain_network(mode):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_only_the_last_stage_may_be_unrolled_the_others_being_airbenchs(mode):
-    model = make(unrolled="last", channels=(4, 6)).double()
+@pytest.mark.parametrize(("name", "kind"), [(None, nn.ReLU), ("gelu", nn.GELU)])
+def test_only_the_last_stage_may_be_unrolled_the_others_being_airbenchs(mode, name, kind):
+    model = make(unrolled="last", channels=(4, 6), plain_activation=name).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias)
     first, last = model.stages
-    plain = [first.conv, nn.MaxPool2d(2), first.norm1, nn.ReLU(), first.conv2, first.norm2, nn.ReLU()]
+    plain = [first.conv, nn.MaxPool2d(2), first.norm1, kind(), first.conv2, first.norm2, kind()]
+    whiten = nn.Conv2d(3, 24, 2).double()
+    whiten.load_state_dict({"weight": model.whiten.dictionary.weight, "bias": model.whiten.bias})
     x = images(3, 3, 16, 13, dtype=torch.float64)
     getattr(model, mode)()
-    expected = last(nn.Sequential(model.whiten, *plain)(x))
+    begin = nn.Sequential(last.conv, nn.MaxPool2d(2), last.norm1, kind(), last.norm2)
+    expected = last.norm3(last.coder(begin(nn.Sequential(whiten, kind(), *plain)(x))))
     torch.testing.assert_close(model.forward_features(x), expected, rtol=1e-11, atol=1e-12)
-    assert last.coder.solver.steps == 2
+    assert last.coder.solver.steps == 2 and isinstance(last.coder.prox, ReLU)
     torch.testing.assert_close(first.conv2(images(1, 4, 5, 5).double()), images(1, 4, 5, 5).double())
 
 

@@ -107,6 +107,7 @@ class DSCSpeed(MapClassifier):
         unrolled: which stages have one: "all", or "last" for the last alone, the others being airbench94's own, with
             a normalisation between their second convolution and its activation.
         activation, group_size, groups: see `dsc.create_activation`.
+        plain_activation: of the layers without several steps; None for `activation` and what belongs to it.
         threshold: λ; in layers of several steps, as a fraction of the code's expected size.
         learn_threshold: learn λ of each channel or group; None for in layers of several steps.
 
@@ -129,6 +130,7 @@ class DSCSpeed(MapClassifier):
         groups: int | None = None,
         threshold: float | None = None,
         learn_threshold: bool | None = None,
+        plain_activation: Activation | None = None,
         global_pool: str = "max",
         drop_rate: float = 0.0,
     ) -> None:
@@ -137,7 +139,7 @@ class DSCSpeed(MapClassifier):
             raise ValueError(unknown("choice of unrolled stages", unrolled, UNROLLED))
         shape = (activation, group_size, groups, threshold)
         act = Act(*shape, steps > 1 if learn_threshold is None else learn_threshold)
-        plain_act = Act(*shape, learn_threshold)
+        plain_act = Act(*shape, learn_threshold) if plain_activation is None else Act(plain_activation)
         rule = create_solver(solver, steps)
         whitening = ConvDictionary(in_chans, 8 * in_chans, 2)
         whitening.weight.requires_grad_(False)
