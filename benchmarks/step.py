@@ -12,12 +12,13 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsc
 from common import header, interleaved, markdown
+from dsc.compiling import compiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRODUCTS = ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product")
@@ -73,12 +74,12 @@ class Products(TorchDispatchMode):
                 call()
 
 
-def training_pass(case: Case, half: bool = True, compiled: bool = False, **args: Any) -> Callable[[], None]:
+def training_pass(case: Case, half: bool = True, fused: bool = False, **args: Any) -> Callable[[], None]:
     """Forward and backward of the model on random images, in bfloat16 where `half` and autocast allow it."""
     torch.manual_seed(0)
     model = dsc.create_model(case.name, in_chans=case.shape[0], **case.args, **args).to(DEVICE).train()
     model.to(memory_format=torch.channels_last)
-    run = torch.compile(model) if compiled else model
+    run = compiled(model) if fused else model
     x = torch.randn(case.batch, *case.shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
     target = torch.randint(10, (case.batch,), device=DEVICE)
 
@@ -96,22 +97,33 @@ def _loss(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tenso
     return F.cross_entropy(out, target) if out.ndim == 2 else F.mse_loss(out, x)
 
 
-def row(case: Case, repeats: int, half: bool, compiled: bool) -> tuple[str, ...]:
-    """Steps of the model and of its twin, in ms an image, and the ratios."""
+def row(case: Case, repeats: int, half: bool, fused: bool) -> tuple[str, ...]:
+    """Steps of the model and of its twin, in ms an image, and the ratios; where every layer takes one, without twin."""
     calls: dict[tuple[str, str], Callable[[], None]] = {}
-    for kind, args in KINDS.items():
+    kinds = KINDS if is_unrolled(dsc.create_model(case.name, **case.args)) else {"sparse": {}}
+    for kind, args in kinds.items():
         step = calls[kind, "eager"] = training_pass(case, half, **args)
         step()
         with Products() as products:
             step()
         calls[kind, "floor"] = products.replay
-        if compiled:
-            calls[kind, "compiled"] = training_pass(case, half, compiled, **args)
+        if fused:
+            calls[kind, "compiled"] = training_pass(case, half, fused, **args)
     seconds = interleaved(calls, repeats)
-    ms = (f"{1e3 * seconds[kind, 'eager'] / case.batch:.3f}" for kind in KINDS)
-    ways = ("eager", "compiled") if compiled else ("eager",)
-    ratios = (f"{seconds[kind, way] / seconds[kind, 'floor']:.2f}" for way in ways for kind in KINDS)
-    return str(case), *ms, f"{seconds['twin', 'eager'] / seconds['sparse', 'eager']:.2f}", *ratios
+
+    def over(kind: str, way: str, scale: float, digits: int) -> str:
+        return f"{seconds[kind, way] / scale:.{digits}f}" if kind in kinds else ""
+
+    ms = (over(kind, "eager", 1e-3 * case.batch, 3) for kind in KINDS)
+    speed = over("twin", "eager", seconds["sparse", "eager"], 2)
+    ways = ("eager", "compiled") if fused else ("eager",)
+    ratios = (over(kind, way, seconds.get((kind, "floor"), 1), 2) for way in ways for kind in KINDS)
+    return str(case), *ms, speed, *ratios
+
+
+def is_unrolled(model: nn.Module) -> bool:
+    """Whether some layer takes several steps."""
+    return any(layer.solver.steps > 1 for layer in model.modules() if isinstance(layer, dsc.SparseCoding))
 
 
 KINDS: dict[str, dict[str, Any]] = {"sparse": {}, "twin": {"steps": 1}}

@@ -27,7 +27,7 @@ ROWS = [
     ["catalogue", "export", "predict"],
     ["models"],
     ["hub"],
-    ["metrics", "optimizers", "regularizers", "schedules", "trainers"],
+    ["compiling", "metrics", "optimizers", "regularizers", "schedules", "trainers"],
     ["observe"],
     ["blocks"],
     ["dictionary_learning", "theory"],
