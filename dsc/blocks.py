@@ -17,7 +17,8 @@ class ConvStem(nn.Module):
     """Images to tokens: two 3×3 convolutions of stride 2, then a 3×3 depth-wise one that tells tokens their place.
 
     Shapes: (batch, in_chans, h, w) → (batch, ⌈h/4⌉·⌈w/4⌉, dim). The zero padding of the last convolution makes
-    position visible at every image size (Chu et al. 2021, conditional positional encodings).
+    position visible at every image size (Chu et al. 2021, conditional positional encodings). Its GELU stays, whatever
+    activation the blocks have.
     """
 
     def __init__(self, in_chans: int, dim: int) -> None:

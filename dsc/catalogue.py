@@ -125,8 +125,14 @@ def describe_model(name: str, image_size: tuple[int, int] | None = None, **kwarg
         parameters=sum(p.numel() for p in model.parameters()),
         macs=counter.get_total_flops() // 2,
         stages=len(getattr(model, "feature_info", ())),
-        pretrained=tuple(tagged.partition(".")[2] for tagged in timm.list_pretrained(name)),
+        pretrained=tags_of(name),
     )
+
+
+def tags_of(name: str) -> tuple[str, ...]:
+    """Tags of the weights that an architecture can be built with: timm's, and those published here."""
+    published = [found for found in hub.checkpoint_folders() if found.split(".")[0] == name]
+    return tuple(tagged.partition(".")[2] for tagged in dict.fromkeys([*timm.list_pretrained(name), *published]))
 
 
 def describe_checkpoints(pattern: str = "*") -> list[CheckpointInfo]:

@@ -10,20 +10,19 @@ from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from dsc import hub, measures
+from dsc.compiling import compiled
 from dsc.dictionaries import Dictionary
 from dsc.layers import SparseCoding
 from dsc.metrics import ClusterAccuracy, SparsityMetrics, convergence
 from dsc.models import create_model, list_models
 from dsc.observe import Observer
 from dsc.regularizers import Regularizer
-from dsc.schedules import OneCycle
+from dsc.schedules import OneCycle, Schedule, scheduled
 
-Schedule = Callable[[Optimizer, int], LRScheduler]
 PROBE_IMAGES = 16
 EPOCHS_FOR_RATE = 5
 VIEW_WEIGHTS = (0.25, 0.125, 0.125) * 2  # of `views`: half for what is not shifted, as airbench has it (Jordan 2024)
@@ -43,7 +42,8 @@ class Task(LightningModule):
         regularizers: penalties on the codes of the model's sparse layers (`dsc.regularizers`).
         optimizer: one of torch's or timm's, None for AdamW; weight decay reaches only parameters of two or more
             dimensions, and timm's Muon (`dsc.optimizers.Muon`) leaves the classifier to its fallback.
-        lr_scheduler: called with the optimizer and the run's number of steps, stepped after each; None for none.
+        lr_scheduler: called with the optimizer and the run's number of steps, stepped after each; None for none. Of
+            torch's those fit whose second argument is that number, as `CosineAnnealingLR`.
         bias_lr: rate of biases, normalisations and thresholds, all of one dimension, as a multiple of the optimizer's.
             Many times the rate of the matrices saves a fast training epochs (as in airbench, Jordan 2024).
         keep_norms: after each step scale every matrix, but the classifier's, back to the norm that it had at first.
@@ -53,6 +53,13 @@ class Task(LightningModule):
         compile: train through `torch.compile`, which fuses what is no product: up to twice as fast, after a minute for
             the first step. Evaluation is not compiled. On a CPU it needs a C++ compiler.
         data: facts of the data set (the CLI links them): sets the model's channels, classes and image size.
+
+    Convergence figures are of the data module's ``probe(n)`` of n fixed images, and absent without one; models that
+    start from images take its ``sample(n)``. Those of `dsc.data` have both.
+
+    Raises:
+        ValueError: no data, or a rate of biases that is not above 0; in training, a model that starts from images
+            without a `sample`, or a schedule that does not fit (`dsc.schedules.scheduled`).
     """
 
     monitor = "val/loss"
@@ -107,7 +114,7 @@ class Task(LightningModule):
         self.model.to(memory_format=self.memory_format)
         self.observer = Observer(self.model)
         # Of a function, so that the model itself stays as it is: for a checkpoint's keys, and to be observed again.
-        self.train_forward = torch.compile(lambda x: self.model(x)) if compile else None
+        self.train_forward = compiled(lambda x: self.model(x)) if compile else None
         self.sparsity = nn.ModuleDict({stage: SparsityMetrics(self.observer.layers) for stage in ("val", "test")})
         self.quality: nn.ModuleDict = nn.ModuleDict()
         self.epoch_losses: list[float] = []
@@ -171,8 +178,12 @@ class Task(LightningModule):
         # Before a resumed run loads its weights, which then take the place of these.
         starts_from_images = getattr(self.model, "starts_from_images", False)
         if stage == "fit" and starts_from_images and not self.starts_trained:
-            images = self.trainer.datamodule.sample(INITIAL_IMAGES)  # type: ignore[attr-defined]
-            self.model.initialize(images.float())  # type: ignore[operator]
+            sample = self._from_data("sample")
+            if sample is None:
+                raise ValueError(
+                    f"{self.architecture} starts from images: train with data that has sample(n), as ImageData"
+                )
+            self.model.initialize(sample(INITIAL_IMAGES).float())  # type: ignore[operator]
 
     def on_fit_start(self) -> None:
         steps = self.trainer.estimated_stepping_batches  # infinite for a run that only its time ends
@@ -233,8 +244,14 @@ class Task(LightningModule):
         return figures
 
     def _convergence(self) -> dict[str, float]:
-        probe = self.trainer.datamodule.probe(PROBE_IMAGES).to(self.device)  # type: ignore[attr-defined]
-        return convergence(self.model, probe.contiguous(memory_format=self.memory_format))
+        probe = self._from_data("probe")
+        if probe is None:
+            return {}
+        images = probe(PROBE_IMAGES).to(self.device)
+        return convergence(self.model, images.contiguous(memory_format=self.memory_format))
+
+    def _from_data(self, method: str) -> Callable[[int], Tensor] | None:
+        return getattr(getattr(self.trainer, "datamodule", None), method, None)
 
     def _dictionaries(self) -> dict[str, Dictionary]:
         return {n: m.dictionary for n, m in self.model.named_modules() if isinstance(m, SparseCoding)}
@@ -242,6 +259,7 @@ class Task(LightningModule):
     def configure_optimizers(self) -> Any:
         groups: list[dict[str, Any]] = [
             {"params": list(self._matrices().values())},
+            {"params": [p for p in self._undecayed() if p.ndim > 1], "weight_decay": 0.0},
             {"params": [p for p in self._classifier() if p.ndim > 1], "use_fallback": True},
             {"params": [p for p in self.model.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
         ]
@@ -251,14 +269,19 @@ class Task(LightningModule):
                 group["lr"] = group["lr"] * self.bias_lr
         if self.make_schedule is None:
             return optimizer
-        schedule = self.make_schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        schedule = scheduled(self.make_schedule, optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _matrices(self) -> dict[str, nn.Parameter]:
-        """What is learned in two or more dimensions, by name, without the classifier."""
-        head = {id(p) for p in self._classifier()}
+        """What is learned in two or more dimensions, by name, without the classifier and what does not decay."""
+        others = {id(p) for p in (*self._classifier(), *self._undecayed())}
         named = self.model.named_parameters()
-        return {name: p for name, p in named if p.requires_grad and p.ndim > 1 and id(p) not in head}
+        return {name: p for name, p in named if p.requires_grad and p.ndim > 1 and id(p) not in others}
+
+    def _undecayed(self) -> list[nn.Parameter]:
+        """What a backbone of timm's says is not to decay, as the embeddings of positions."""
+        names: set[str] = getattr(self.model, "no_weight_decay", set)()
+        return [p for name, p in self.model.named_parameters() if name in names and p.requires_grad]
 
     def _classifier(self) -> list[nn.Parameter]:
         found = getattr(self.model, "get_classifier", nn.Identity)()

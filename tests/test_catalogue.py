@@ -58,6 +58,7 @@ def test_attention_and_everything_around_it_is_counted():
 
 def test_backbone_of_timm_is_found_where_no_model_of_ours_matches():
     (row,) = dsc.describe_models("resnet18")
+    assert {"a1_in1k", "cifar10_group_relu_nonneg"} <= set(row.pretrained)
     model = timm.create_model("resnet18")
     assert (row.family, row.stages) == ("resnet", 5)
     assert row.parameters == sum(p.numel() for p in model.parameters())

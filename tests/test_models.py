@@ -7,10 +7,11 @@ import torch
 from oracles import rows, unrows
 from timm.layers.activations import GELU
 from timm.models import metaformer
+from timm.models._hub import save_for_hf
 from torch import nn
 
 from dsc import hub, models
-from dsc.activations import list_activations
+from dsc.activations import create_activation, list_activations
 from dsc.layers import SparseCoding
 from dsc.observe import Observer, sparse_layers
 from dsc.prox import Prox
@@ -19,6 +20,7 @@ MODELS = models.list_models()
 BACKBONES = {
     "resnet18": {},
     "convnext_atto": {},
+    "convnext_tiny": {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32)},  # channels last inside its blocks
     "vit_tiny_patch16_224": {"img_size": 32},
     "mobilenetv3_small_050": {},
     "mixer_s16_224": {"img_size": 32},
@@ -41,6 +43,9 @@ SMALL = {  # entries that take long as they are
 }
 
 
+CLASSIFIERS = [name for name in MODELS if timm.get_pretrained_cfg(name).classifier]
+
+
 def make(name, seed=0, **kwargs):
     torch.manual_seed(seed)
     return models.create_model(name, **kwargs)
@@ -56,6 +61,10 @@ def images(*shape, seed=0, dtype=torch.float32):
 
 def batch(model, size=2, seed=0):
     return images(size, *model.pretrained_cfg["input_size"], seed=seed)
+
+
+def has_unrolled_layers(model):
+    return any(m.solver.steps > 1 for m in model.modules() if isinstance(m, SparseCoding))
 
 
 def output_shape(model, x):
@@ -158,6 +167,10 @@ def test_timm_builds_the_same_model(name):
 def test_a_threshold_that_leaves_no_code_is_refused():
     with pytest.raises(ValueError, match=r"threshold=6 leaves no entry .* \(default 0.5\), so take a smaller one"):
         models.create_model("dsc_mlp_pico", activation="group_relu", group_size=8, threshold=6)
+    with pytest.raises(
+        ValueError, match=r"Soft\(threshold=6.*leaves no entry .* unit size: give it a smaller threshold"
+    ):
+        models.create_model("dsc_mlp_pico", activation=create_activation("soft", threshold=6))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -179,15 +192,24 @@ def test_head_for_another_number_of_classes(name):
     torch.testing.assert_close(model(x), features)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_features_come_unpooled_as_timm_has_them(name):
+    model = entry(name).eval()
+    x = batch(model)
+    features = model.forward_features(x)
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+    assert torch.equal(entry(name, num_classes=0, global_pool="").eval()(x), features)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if has_unrolled_layers(entry(n))])
 def test_plain_twin_has_the_same_weights(name):
     model, twin = entry(name), make(name, **SMALL.get(name, {}) | {"steps": 1})
     weights, of_twin = ({k: p.shape for k, p in m.named_parameters() if p.ndim > 1} for m in (model, twin))
     assert weights == of_twin
     x = batch(model)
     assert model(x).shape == twin(x).shape
-    plain = [m for m in twin.modules() if isinstance(m, SparseCoding)]
-    assert all(m.solver.steps == 1 for m in plain)
+    assert not has_unrolled_layers(twin)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -220,7 +242,15 @@ def test_feature_maps_have_the_channels_and_sizes_that_are_declared(name):
 
 @pytest.mark.parametrize("activation", list_activations())
 @pytest.mark.parametrize(
-    "name, kwargs", [("dsc_cnn", SMALL_CNN), ("dsc_vit_pico", {"dim": 16, "depth": 1}), ("sae", {"steps": 3})]
+    "name, kwargs",
+    [
+        ("dsc_cnn", SMALL_CNN),
+        ("dsc_speed", {"channels": (8, 16)}),
+        ("dsc_vit_pico", {"dim": 16, "depth": 1}),
+        ("dsc_attn_pico", {"dim": 16, "depth": 1}),
+        ("sae", {"steps": 3}),
+        ("sae_conv", {"steps": 2}),
+    ],
 )
 def test_every_activation_trains_in_every_family(name, kwargs, activation):
     model = make(name, activation=activation, **kwargs)
@@ -230,7 +260,19 @@ def test_every_activation_trains_in_every_family(name, kwargs, activation):
     out = model(x)
     (out * images(*out.shape, seed=1)).sum().backward()
     assert out.isfinite().all()
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["dsc_cnn_pico", "dsc_resnet20", "dsc_speed", "dsc_vit_pico", "dsc_attn_pico"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_of_an_activation_that_is_made_already_every_layer_has_a_copy(name, steps):
+    steps = {} if name == "dsc_attn_pico" else {"steps": steps}
+    ready = create_activation("group_relu", group_size=4, threshold=0.01)
+    model = entry(name, activation=ready, **steps)
+    found = [layer.prox for layer in sparse_layers(model).values()]
+    assert len({id(prox) for prox in found} | {id(ready)}) == len(found) + 1
+    dim = -1 if name in ("dsc_vit_pico", "dsc_attn_pico") else 1
+    assert all((prox.group_size, prox.threshold, prox.dim) == (4, 0.01, dim) for prox in found)
 
 
 # What the models are made of
@@ -432,6 +474,33 @@ def test_swapped_activation_knows_where_the_channels_lie(name):
     assert len(seen) == len(model.swapped_activations) == len(set(seen))
 
 
+def test_a_ready_activation_is_copied_into_a_backbone_along_each_layers_channels():
+    ready = create_activation("group_relu", group_size=4, threshold=0.25)
+    model = make("vit_tiny_patch16_224", activation=ready, depth=2, img_size=32, num_classes=4)
+    first, second = (model.get_submodule(name) for name in model.swapped_activations)
+    assert first is not second and first.dim == second.dim == -1 and ready.dim == 1
+
+
+def test_weights_of_timms_in_a_folder_are_swapped_too(tmp_path):
+    theirs = timm.create_model("test_resnet", num_classes=4).eval()
+    save_for_hf(theirs, tmp_path, safe_serialization=True)
+    name, x = f"local-dir:{tmp_path}", images(2, 3, 64, 64)
+    torch.testing.assert_close(models.create_model(name, pretrained=True).eval()(x), theirs(x))
+    swapped = models.create_model(name, pretrained=True, activation="soft", threshold=0.0).eval()
+    plain = models.swap_activations(theirs, models._build.Act("soft", threshold=0.0))
+    assert swapped.swapped_activations == plain
+    torch.testing.assert_close(swapped(x), theirs(x))
+
+
+def test_a_checkpoint_of_ours_in_a_folder_keeps_its_activation():
+    name = f"local-dir:{hub.find('dsc_cnn.mnist_relu')}"
+    assert models.create_model(name, pretrained=True).num_classes == 10
+    with pytest.raises(
+        ValueError, match="mnist_relu has the activations of its checkpoint, and none to swap for 'soft'"
+    ):
+        models.create_model(name, pretrained=True, activation="soft")
+
+
 def test_what_makes_position_biases_keeps_its_activation():
     shape = dict(img_size=32, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4)
     model = make("swinv2_tiny_window8_256", activation="soft", num_classes=4, **shape)
@@ -541,7 +610,7 @@ def test_a_network_of_functional_activations_is_refused():
 
 
 def test_vectors_have_nothing_to_pool():
-    with pytest.raises(ValueError, match="global_pool='max': DSCMLP makes vectors"):
+    with pytest.raises(ValueError, match="global_pool of DSCMLP must be '', got 'max'"):
         make("dsc_mlp_pico", img_size=8, num_atoms=(8, 8)).reset_classifier(3, "max")
 
 
@@ -574,7 +643,8 @@ def test_unknown_model_names_the_nearest(name, nearest):
         ("gsae", {"group_size": 0}, "group_size must be at least 1, got 0"),
         ("dsc_cnn", {"solver": "fsta"}, "unknown solver 'fsta'; did you mean 'fista'"),
         ("dsc_cnn", {"channels": (4, 8)}, "one entry a layer"),
-        ("dsc_vit_pico", {"global_pool": "max"}, "global_pool must be 'avg'.*'max'"),
+        ("dsc_vit_pico", {"global_pool": "max"}, "global_pool of DSCTransformer must be 'avg' or '', got 'max'"),
+        ("dsc_attn_pico", {"steps": 7}, "attention alone has no code to solve: .* got steps=7"),
         ("sae", {"num_classes": 10}, "no classes, got num_classes=10"),
     ],
 )
@@ -587,7 +657,7 @@ def test_contradictory_arguments_say_so(name, kwargs, message):
 @pytest.mark.parametrize("name", ["dsc_cnn", "dsc_vit_pico", "dsc_attn_pico", "gsae", "resnet18"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_groups_that_do_not_divide_name_those_that_do(name, steps, shape):
-    kwargs = {} if name == "resnet18" else {"steps": steps}
+    kwargs = {} if name in ("resnet18", "dsc_attn_pico") else {"steps": steps}
     kwargs |= {"num_atoms": 64} if name == "gsae" else {}
     with pytest.raises(ValueError, match="5 does not divide the (16|32|64|256) channels.*nearest .*: 4 or 8"):
         model = make(name, activation="group_relu", **shape, **kwargs)

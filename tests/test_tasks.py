@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from timm.optim import Muon
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dsc.cli import cli_of, train
 from dsc.data import ImageData
@@ -18,7 +19,7 @@ from dsc.models import create_model, load
 from dsc.models.speed import whitening_atoms
 from dsc.regularizers import L1
 from dsc.report import read_metrics
-from dsc.schedules import OneCycle, Steps
+from dsc.schedules import OneCycle, Steps, scheduled
 from dsc.tasks import PROBE_IMAGES, Classifier, Reconstructor, views
 
 SMALL = {"channels": (4, 4, 8)}
@@ -123,6 +124,18 @@ def test_muon_moves_matrices_and_leaves_the_classifier_to_its_fallback(digits):
             assert optimizer.state[parameter]["use_muon"] == matrix
 
 
+def test_a_backbones_embeddings_do_not_decay_and_keep_no_norm(digits):
+    shape = {"img_size": 16, "patch_size": 8, "depth": 1}
+    task = classifier(digits, "vit_tiny_patch16_224", shape, lr_scheduler=None, bias_lr=8.0)
+    groups = task.configure_optimizers().param_groups
+    for name, parameter in task.model.named_parameters():
+        (group,) = [g for g in groups if any(parameter is p for p in g["params"])]
+        embedding = name in ("cls_token", "pos_embed")
+        assert (group["weight_decay"] == 0) == (embedding or parameter.ndim == 1), name
+        assert group["lr"] == (8e-3 if parameter.ndim == 1 else 1e-3), name
+        assert not (embedding and name in task._matrices())
+
+
 def test_what_has_one_dimension_learns_at_its_own_rate(digits):
     task = classifier(digits, model="dsc_speed", model_args={"channels": (4, 8)}, lr_scheduler=None, bias_lr=8.0)
     task.make_optimizer = lambda groups: Muon(groups, lr=0.1)
@@ -186,6 +199,22 @@ def test_one_cycle_rises_and_falls_in_runs_of_any_length(total):
     assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True)
 
 
+@pytest.mark.parametrize("name, second", [("StepLR", "step_size"), ("ExponentialLR", "gamma")])
+def test_a_schedule_that_takes_the_runs_length_for_something_else_is_refused(name, second):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    make = getattr(torch.optim.lr_scheduler, name)
+    with pytest.raises(ValueError, match=f"{name} takes the run's number of steps for its {second}: .*OneCycle"):
+        scheduled(make, optimizer, 30)
+    cosine = scheduled(torch.optim.lr_scheduler.CosineAnnealingLR, optimizer, 30)
+    assert cosine.T_max == 30
+    assert scheduled(lambda optimizer, steps: make(optimizer, 0.5), optimizer, 30) is not None  # knows what it does
+
+
+def test_a_schedule_needs_an_end():
+    with pytest.raises(ValueError, match="needs the run's length: give trainer.max_epochs .*lr_scheduler: null"):
+        scheduled(OneCycle, torch.optim.SGD([nn.Parameter(torch.zeros(1))]), float("inf"))
+
+
 def test_rate_falls_in_steps():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = Steps(optimizer, total_steps=10, every=0.3, gamma=0.5)
@@ -240,6 +269,31 @@ def test_a_run_that_ends_before_its_first_validation_keeps_its_last_weights(tmp_
 
 
 # What a model is told of the data
+
+
+class Plain(LightningDataModule):
+    """Loaders of digits and the facts that a task asks for, nothing else."""
+
+    num_classes, in_chans, image_size = 10, 1, (8, 8)
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8)), batch_size=4)
+
+    val_dataloader = train_dataloader
+
+
+def test_a_users_own_data_trains_without_figures_of_convergence():
+    task = classifier(Plain())
+    trainer = Trainer(max_epochs=1, **QUIET)
+    trainer.fit(task, Plain())
+    assert "sparsity/active_fraction/total" in trainer.logged_metrics
+    assert not [name for name in trainer.logged_metrics if name.startswith("convergence/error")]
+
+
+def test_a_model_that_starts_from_images_says_what_its_data_lacks():
+    task = classifier(Plain(), "dsc_speed", {"channels": (4, 8)})
+    with pytest.raises(ValueError, match=r"dsc_speed starts from images: .* sample\(n\)"):
+        Trainer(max_epochs=1, **QUIET).fit(task, Plain())
 
 
 def test_models_start_from_the_training_images(digits):

@@ -19,6 +19,7 @@ from dsc.models.backbones import create_backbone, swap_activations
 __all__ = ["create_model", "list_models", "load", "swap_activations"]
 __all__ += ["Act", "build", "default_cfgs", "sparse_layer"]  # for models of your own
 
+SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's own, of whose files no hash is checked
 FAMILIES = (mlp, cnn, resnet, speed, transformer, autoencoder)
 
 
@@ -40,6 +41,7 @@ def create_model(
     """Model by name: one of ours (`architecture` or `architecture.tag`), or any of timm's with `activation` swapped in.
 
     Args:
+        name: as above, or a checkpoint as timm names it, `hf-hub:` or `local-dir:` and its place.
         pretrained: load a published checkpoint (its hash is verified), or timm's own weights for its backbones.
         activation: see `dsc.list_activations()`; None keeps the model's own.
         group_size, groups, threshold, learn_threshold: the activation's arguments. In a backbone of timm's a signed
@@ -61,14 +63,10 @@ def create_model(
         return timm.create_model(architecture, pretrained_cfg=tag or None, **given, **kwargs)
     if published:  # a backbone of timm's, which knows no such tag
         return create_model(architecture, **(hub.read_config(hub.find(name))["model_args"] | given | kwargs))
-    if not is_model(architecture):
-        raise ValueError(unknown("model", name, [*list_models(), *timm.list_models()])[:400] + " …")
-    try:
-        get_pretrained_cfg(name)
-    except RuntimeError:
-        raise ValueError(unknown("checkpoint", name, timm.list_pretrained(f"{architecture}*"))) from None
-    if not model_entrypoint(architecture).__module__.startswith("timm."):  # a user's own, which knows its activation
-        return timm.create_model(name, pretrained=pretrained, **given, **kwargs)
+    if not name.startswith(SOURCES):
+        _check_known(name, architecture)
+        if not model_entrypoint(architecture).__module__.startswith("timm."):  # a user's own, and knows its activation
+            return timm.create_model(name, pretrained=pretrained, **given, **kwargs)
     if activation is None:
         if given:
             raise ValueError(f"{', '.join(given)} given without an activation to swap into {name}")
@@ -76,6 +74,15 @@ def create_model(
     kwargs = take_options({"activation": activation} | kwargs)
     act = Act(kwargs.pop("activation"), group_size, groups, threshold, learn_threshold)
     return create_backbone(name, act, pretrained, **kwargs)
+
+
+def _check_known(name: str, architecture: str) -> None:
+    if not is_model(architecture):
+        raise ValueError(unknown("model", name, [*list_models(), *timm.list_models()])[:400] + " …")
+    try:
+        get_pretrained_cfg(name)
+    except RuntimeError:
+        raise ValueError(unknown("checkpoint", name, timm.list_pretrained(f"{architecture}*"))) from None
 
 
 def load(folder: str | Path, **kwargs: Any) -> nn.Module:

@@ -1,5 +1,6 @@
 """What every family shares: its activation's arguments, its default configurations, and its way through timm."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -28,7 +29,10 @@ OPTIONS = ("k", "nonneg", "l1_ratio", "bandwidth")
 
 @dataclass(frozen=True)
 class Act:
-    """An activation to be made anew for each layer; None leaves an argument to the activation's default."""
+    """An activation to be made anew for each layer; None leaves an argument to the activation's default.
+
+    Of a module that is made already each layer has a copy, with the λ that it came with.
+    """
 
     name: Activation
     group_size: int | None = None
@@ -38,14 +42,12 @@ class Act:
 
     def make(self, dim: int) -> Prox:
         """The module, its channels along `dim`, its λ as given."""
-        return create_activation(
-            self.name,
-            dim,
-            group_size=self.group_size,
-            groups=self.groups,
-            threshold=self.threshold,
-            learn=self.learn_threshold or None,
-        )
+        shape = dict(group_size=self.group_size, groups=self.groups, threshold=self.threshold)
+        if not isinstance(self.name, nn.Module):
+            return create_activation(self.name, dim, learn=self.learn_threshold or None, **shape)
+        own = create_activation(copy.deepcopy(self.name), dim, **shape)
+        own.dim = dim
+        return own
 
     def make_alone(self, dim: int, channels: int) -> Prox:
         """The module for the one step of a plain layer, on entries of about unit size.
@@ -64,6 +66,8 @@ class Act:
 
         A learned λ has one value a channel or group.
         """
+        if isinstance(self.name, nn.Module):
+            return self.make(dim)
         shape = dict(group_size=self.group_size, groups=self.groups)
         prox = create_activation(self.name, dim, threshold=self.threshold, **shape)
         if not prox.has_threshold:
@@ -97,11 +101,17 @@ def sparse_layer(dictionary: Dictionary, act: Act, dim: int, solver: ISTA, size:
         noise = gain * size * torch.randn(256, dictionary.num_atoms)
         layer.code_size = float(layer.prox(noise).square().mean().sqrt())  # dims 1 and −1 agree here
         if layer.code_size == 0:
-            raise ValueError(
-                f"threshold={act.threshold} leaves no entry of a code: it is a fraction of the code's expected size "
-                f"(default {RELATIVE_THRESHOLD[layer.prox.is_grouped]}), so take a smaller one"
-            )
+            raise ValueError(_no_code_left(act, layer.prox))
     return layer
+
+
+def _no_code_left(act: Act, prox: Prox) -> str:
+    if isinstance(act.name, nn.Module):
+        return f"{act.name} leaves no entry of a code from inputs of unit size: give it a smaller threshold"
+    return (
+        f"threshold={act.threshold} leaves no entry of a code: it is a fraction of the code's expected size "
+        f"(default {RELATIVE_THRESHOLD[prox.is_grouped]}), so take a smaller one"
+    )
 
 
 def least_side(dictionaries: Sequence[ConvDictionary]) -> int:
@@ -209,7 +219,7 @@ def check_against(name: str, saved: dict[str, Any], asked: dict[str, Any]) -> No
     Strides or heads, say, have no weights of their own, so that the weights' shapes do not tell.
     """
     for key, value in asked.items():
-        if key in LOADING_ARGS:
+        if key in LOADING_ARGS or (key, value) == ("global_pool", ""):  # the features themselves
             continue
         if key in saved and _plain(saved[key]) != _plain(value):
             raise ValueError(f"checkpoint {name} was trained with {key}={saved[key]!r}, not {value!r}")

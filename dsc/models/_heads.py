@@ -1,5 +1,8 @@
 """What classifiers share behind their features: timm's way to a head, its pooling, and a fresh one."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
@@ -37,18 +40,20 @@ class MapClassifier(nn.Module):
 class VectorClassifier(nn.Module):
     """A network whose features, once `pool`ed, are vectors (batch, features), before a linear classifier."""
 
-    def add_head(self, features: int, num_classes: int, drop_rate: float) -> None:
+    pools: ClassVar[Sequence[str]] = ("",)  # what `global_pool` may be; "" leaves the features as they are
+
+    def add_head(self, features: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
         """Make `head`, for that many features."""
         self.num_features = self.head_hidden_size = features
         self.head_drop = nn.Dropout(drop_rate)
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Features of images."""
         raise TypeError(f"{type(self).__name__} defines no features")
 
     def pool(self, x: Tensor) -> Tensor:
-        """Vectors of features."""
+        """Features as `global_pool` says."""
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -64,12 +69,12 @@ class VectorClassifier(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for another number of classes.
-
-        Raises ValueError for a `global_pool`: there is nothing to pool.
-        """
-        if global_pool:
-            raise ValueError(f"global_pool={global_pool!r}: {type(self).__name__} makes vectors, with nothing to pool")
+        """A fresh head for another number of classes, and another pooling. Raises ValueError for an unknown one."""
+        if global_pool is not None:
+            if global_pool not in self.pools:
+                known = " or ".join(map(repr, self.pools))
+                raise ValueError(f"global_pool of {type(self).__name__} must be {known}, got {global_pool!r}")
+            self.global_pool = global_pool
         self.num_classes = num_classes
         like = next(self.parameters())
         self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()

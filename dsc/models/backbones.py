@@ -12,6 +12,7 @@ from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import nn
 
 from dsc.models._build import Act
+from dsc.observe import sparse_layers
 
 # What a backbone's own non-linearity may be; gates (sigmoid, softmax) are none.
 _NAMES = (
@@ -108,7 +109,11 @@ def create_backbone(name: str, act: Act, pretrained: bool = False, **kwargs: obj
 
     A signed prox (`soft`, `group_relu`) is non-linear by its shrinkage alone: where λ is small beside what it meets,
     as its default beside normalised maps, the network is nearly linear. Give λ, or take a non-negative prox.
+
+    Raises ValueError where nothing could be swapped, or for a model of this library.
     """
     model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+    if sparse_layers(model):
+        raise ValueError(f"{name} has the activations of its checkpoint, and none to swap for {act.name!r}")
     model.swapped_activations = swap_activations(model, act)  # type: ignore[assignment]
     return model

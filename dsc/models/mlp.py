@@ -46,6 +46,7 @@ class DSCMLP(VectorClassifier):
         groups: int | None = None,
         threshold: float | None = None,
         learn_threshold: bool | None = None,
+        global_pool: str = "",
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class DSCMLP(VectorClassifier):
         self.norm1 = nn.LayerNorm(pixels)
         self.coder = DeepSparseCoding(layers, rule, joint)
         self.norm2 = nn.LayerNorm(num_atoms[-1])
-        self.add_head(num_atoms[-1], num_classes, drop_rate)
+        self.add_head(num_atoms[-1], num_classes, global_pool, drop_rate)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised code of the deepest layer, (batch, atoms). Raises ValueError for images of another size."""

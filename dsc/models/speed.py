@@ -107,7 +107,8 @@ class DSCSpeed(MapClassifier):
         unrolled: which stages have one: "all", or "last" for the last alone, the others being airbench94's own, with
             a normalisation between their second convolution and its activation.
         activation, group_size, groups: see `dsc.create_activation`.
-        plain_activation: of the layers without several steps; None for `activation` and what belongs to it.
+        plain_activation: of the layers that take one step whatever `steps` is; None for `activation` and what belongs
+            to it.
         threshold: λ; in layers of several steps, as a fraction of the code's expected size.
         learn_threshold: learn λ of each channel or group; None for in layers of several steps.
 

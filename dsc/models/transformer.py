@@ -2,7 +2,7 @@
 `dsc_attn_*`: attention with the prox alone.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models import register_model
 from torch import Tensor, nn
@@ -31,13 +31,17 @@ class DSCTransformer(VectorClassifier):
             CRATE, which takes one step of size 0.1; more steps are 1/L long.
         steps, solver: the sparse-coding step's; ``steps=1`` with `residual` is the standard transformer block.
         activation, group_size, groups: see `dsc.create_activation`.
-        threshold: λ; with more than one step or without `residual`, as a fraction of the code's expected size.
+        threshold: λ; with more than one step or without `residual`, as a fraction of the code's expected size. Blocks
+            of attention alone shrink what all blocks before them have made, so that λ is best small there.
         learn_threshold: learn λ of each channel or group; None for whenever there is more than one step.
+        global_pool: "avg", or "" for features (and logits) of every token.
 
     Raises:
-        ValueError: without `residual`, a dictionary that is not square; another `global_pool` than "avg"; `num_heads`
-            that do not divide `dim`.
+        ValueError: without `residual`, a dictionary that is not square; several steps without a dictionary; an unknown
+            `global_pool`; `num_heads` that do not divide `dim`.
     """
+
+    pools: ClassVar = ("avg", "")
 
     def __init__(
         self,
@@ -62,7 +66,9 @@ class DSCTransformer(VectorClassifier):
         super().__init__()
         if not residual and atoms_ratio != 1:
             raise ValueError(f"residual=False puts the code in the token's place: atoms_ratio=1, got {atoms_ratio!r}")
-        plain = steps == 1 or atoms_ratio is None
+        if atoms_ratio is None and steps != 1:
+            raise ValueError(f"attention alone has no code to solve: its activation is one step, got steps={steps}")
+        plain = steps == 1
         act = Act(activation, group_size, groups, threshold, not plain if learn_threshold is None else learn_threshold)
         rule = create_solver(solver, steps)
 
@@ -77,22 +83,15 @@ class DSCTransformer(VectorClassifier):
         self.stem = ConvStem(in_chans, dim)
         self.blocks = nn.Sequential(*(block() for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
-        self.add_head(dim, num_classes, drop_rate)
-        self.reset_classifier(num_classes, global_pool)
+        self.add_head(dim, num_classes, global_pool, drop_rate)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised tokens, (batch, tokens, dim)."""
         return self.norm(self.blocks(self.stem(x)))
 
     def pool(self, x: Tensor) -> Tensor:
-        """Mean token."""
-        return x.mean(1)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for another number of classes. Raises ValueError for another pooling than "avg"."""
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool must be 'avg' (the mean over tokens), got {global_pool!r}")
-        super().reset_classifier(num_classes)
+        """Mean token, or all of them."""
+        return x.mean(1) if self.global_pool else x
 
 
 def token_coding(dim: int, act: Act, solver: ISTA) -> TokenCoding:
@@ -142,11 +141,11 @@ def dsc_crate_pico(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
 @register_model
 def dsc_attn_pico(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Six blocks of attention and prox, width 64."""
-    return build(DSCTransformer, "dsc_attn_pico", pretrained, kwargs, dict(depth=6, atoms_ratio=None))
+    return build(DSCTransformer, "dsc_attn_pico", pretrained, kwargs, dict(depth=6, atoms_ratio=None, steps=1))
 
 
 @register_model
 def dsc_attn_tiny(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Twelve blocks of attention and prox, width 192, three heads."""
-    shape = dict(dim=192, depth=12, num_heads=3, atoms_ratio=None)
+    shape = dict(dim=192, depth=12, num_heads=3, atoms_ratio=None, steps=1)
     return build(DSCTransformer, "dsc_attn_tiny", pretrained, kwargs, shape)
