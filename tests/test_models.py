@@ -202,7 +202,42 @@ def test_features_come_unpooled_as_timm_has_them(name):
     assert torch.equal(entry(name, num_classes=0, global_pool="").eval()(x), features)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if has_unrolled_layers(entry(n))])
+UNROLLED = [name for name in MODELS if has_unrolled_layers(entry(name))]
+
+
+@pytest.mark.parametrize("name", UNROLLED)
+def test_checkpointing_gives_the_same_gradients_from_less_memory(name):
+    gradients, kept = [], []
+    for enable in (False, True):
+        model = make(name, **SMALL.get(name, {}) | {"steps": 4}).double().train()
+        model.set_grad_checkpointing(enable)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):  # noqa: B023
+            out = model(batch(model).double())
+        kept.append(sum(sizes))
+        out.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-9, atol=1e-12)
+    assert kept[1] < kept[0]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in CLASSIFIERS])
+def test_the_code_of_an_autoencoder_is_its_features_and_the_decoder_its_head(name):
+    model = entry(name).eval()
+    x = batch(model)
+    code = model.forward_features(x)
+    assert code.shape[1] == model.num_features and torch.equal(code, model.encode(x))
+    assert torch.equal(model.forward_head(code), model(x)) and model.forward_head(code, pre_logits=True) is code
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    with pytest.raises(ValueError, match="no classes, got num_classes=3"):
+        model.reset_classifier(3)
+    with pytest.raises(ValueError, match="does not pool it, got global_pool='avg'"):
+        model.reset_classifier(0, "avg")
+
+
+@pytest.mark.parametrize("name", UNROLLED)
 def test_plain_twin_has_the_same_weights(name):
     model, twin = entry(name), make(name, **SMALL.get(name, {}) | {"steps": 1})
     weights, of_twin = ({k: p.shape for k, p in m.named_parameters() if p.ndim > 1} for m in (model, twin))

@@ -222,6 +222,41 @@ def test_groups_lie_within_a_token(name):
     torch.testing.assert_close(output, shrunk, rtol=1e-6, atol=1e-9)
 
 
+# timm's ways to tokens
+
+
+def test_tokens_behind_single_blocks():
+    model = make("dsc_vit_pico", dim=16, depth=3).double().eval()
+    x = normal(2, 3, 18, 25)
+    tokens = [model.stem(x)]
+    for block in model.blocks:
+        tokens.append(block(tokens[-1]))
+    features, maps = model.forward_intermediates(x)
+    assert torch.equal(features, model.forward_features(x))
+    assert [tuple(m.shape) for m in maps] == [(2, 16, 5, 7)] * 3
+    for found, expected in zip(maps, tokens[1:], strict=True):
+        assert torch.equal(found.flatten(2).mT, expected)
+    (last,) = model.forward_intermediates(x, indices=1, norm=True, output_fmt="NLC", intermediates_only=True)
+    assert torch.equal(last, features)
+    early, (first,) = model.forward_intermediates(x, indices=[0], stop_early=True, output_fmt="NLC")
+    assert torch.equal(first, tokens[1]) and torch.equal(early, model.norm(tokens[1]))
+
+
+def test_feature_maps_of_a_published_transformer_are_its_tokens():
+    x = normal(2, 1, 28, 28, dtype=torch.float32)
+    whole = models.create_model("dsc_vit_pico.mnist_relu", pretrained=True).eval()
+    expected = whole.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
+    for create in (models.create_model, timm.create_model):
+        maps = create("dsc_vit_pico.mnist_relu", pretrained=True, features_only=True, out_indices=(0, 2)).eval()
+        assert maps.feature_info.channels() == [64, 64] and maps.feature_info.reduction() == [4, 4]
+        assert all(torch.equal(a, b) for a, b in zip(maps(x), expected, strict=True))
+
+
+def test_unknown_format_of_tokens():
+    with pytest.raises(ValueError, match="unknown output_fmt 'NHWC'; did you mean 'NCHW'"):
+        make("dsc_vit_pico", depth=1).forward_intermediates(normal(1, 3, 8, 8), output_fmt="NHWC")
+
+
 # Errors
 
 

@@ -155,9 +155,9 @@ def build(
     """Build `model` through timm; a checkpoint's own arguments are read from its `config.json`.
 
     `defaults` are the entry's arguments where neither the caller nor a checkpoint has others.
-    `stages` names the constructor's argument with an entry a stage, where there are feature maps; `feature_cfg` tells
-    timm how to take them. Raises ValueError where an argument contradicts the checkpoint's, or for `features_only` of
-    a model without maps.
+    `stages` names the constructor's argument with an entry a stage, or their number, where there are feature maps;
+    `feature_cfg` tells timm how to take them. Raises ValueError where an argument contradicts the checkpoint's, or for
+    `features_only` of a model without maps.
     """
     tag = kwargs.get("pretrained_cfg")
     name = f"{architecture}.{tag}" if isinstance(tag, str) and tag else None
@@ -176,9 +176,8 @@ def build(
             raise ValueError(f"features_only is not possible here: {architecture} has no maps of several resolutions")
         return build_model_with_cfg(model, architecture, pretrained, **kwargs)
     each = kwargs.get(stages, signature(model).parameters[stages].default)
-    return build_model_with_cfg(
-        model, architecture, pretrained, feature_cfg=dict(out_indices=tuple(range(len(each))), **feature_cfg), **kwargs
-    )
+    feature_cfg["out_indices"] = tuple(range(each if isinstance(each, int) else len(each)))
+    return build_model_with_cfg(model, architecture, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 def with_defaults(kwargs: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

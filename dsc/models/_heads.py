@@ -1,13 +1,26 @@
-"""What classifiers share behind their features: timm's way to a head, its pooling, and a fresh one."""
+"""What networks share: timm's gradient checkpointing, and of classifiers a head, its pooling, and a fresh one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
+from dsc.layers import DeepSparseCoding, SparseCoding
 
-class MapClassifier(nn.Module):
+
+class Unrolled(nn.Module):
+    """A network of layers that may take several steps."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep of these layers' steps the codes alone, and take each step once more in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, SparseCoding | DeepSparseCoding):
+                module.solver = replace(module.solver, gradient="checkpoint" if enable else "unroll")
+
+
+class MapClassifier(Unrolled):
     """A network whose `forward_features` gives maps (batch, channels, h, w), pooled before a linear classifier."""
 
     def add_head(self, channels: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
@@ -37,7 +50,7 @@ class MapClassifier(nn.Module):
         self.head.reset(num_classes, global_pool)
 
 
-class VectorClassifier(nn.Module):
+class VectorClassifier(Unrolled):
     """A network whose features, once `pool`ed, are vectors (batch, features), before a linear classifier."""
 
     pools: ClassVar[Sequence[str]] = ("",)  # what `global_pool` may be; "" leaves the features as they are

@@ -15,12 +15,43 @@ from dsc.init import Start, from_signals
 from dsc.layers import DeepSparseCoding, SparseCoding, StepSize
 from dsc.models._build import Act, build, check_size, least_side
 from dsc.models._build import default_cfgs as make_default_cfgs
+from dsc.models._heads import Unrolled
 from dsc.solvers import create_solver
 
 Initial = Literal["random", Start]
 
 
-class SparseAutoencoder(nn.Module):
+class Autoencoder(Unrolled):
+    """What autoencoders share: codes are their features, in timm's words, and the decoder is their head."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of images."""
+        raise TypeError(f"{type(self).__name__} defines no code")
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images of codes."""
+        raise TypeError(f"{type(self).__name__} defines no decoder")
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Codes of images."""
+        return self.encode(x)
+
+    def forward_head(self, z: Tensor, pre_logits: bool = False) -> Tensor:
+        """The codes, or images of them."""
+        return z if pre_logits else self.decode(z)
+
+    def get_classifier(self) -> nn.Module:
+        """None: the identity."""
+        return nn.Identity()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Nothing to do for no classes. Raises ValueError for any, or for a pooling."""
+        check_no_classes(num_classes)
+        if global_pool:
+            raise ValueError(f"an autoencoder decodes its code and does not pool it, got global_pool={global_pool!r}")
+
+
+class SparseAutoencoder(Autoencoder):
     """Image → code over dense dictionaries → image, ``x̂ = D₁⋯D_L z(x)``, encoder and decoder tied.
 
     Shallow (one dictionary, ``steps=1``) it is the autoencoder of *On the convergence of group-sparse autoencoders*
@@ -109,7 +140,7 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode(x))
 
 
-class ConvSparseAutoencoder(nn.Module):
+class ConvSparseAutoencoder(Autoencoder):
     """The same over strided convolutional dictionaries: a code of small images, and any image size.
 
     Args:

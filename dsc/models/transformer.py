@@ -2,20 +2,24 @@
 `dsc_attn_*`: attention with the prox alone.
 """
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args
 
 from timm.models import register_model
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from dsc._names import unknown
 from dsc.activations import Activation
 from dsc.blocks import Attention, AttentionBlock, CodeBlock, ConvStem, TokenCoding, TransformerBlock
 from dsc.dictionaries import DenseDictionary
-from dsc.models._build import Act, build, sparse_layer
+from dsc.models._build import NO_DEFAULTS, Act, build, sparse_layer
 from dsc.models._build import default_cfgs as make_default_cfgs
 from dsc.models._heads import VectorClassifier
 from dsc.solvers import ISTA, create_solver
 
 CRATE_STEP = 0.1  # as published
+TokenFormat = Literal["NCHW", "NLC"]
 
 
 class DSCTransformer(VectorClassifier):
@@ -82,12 +86,58 @@ class DSCTransformer(VectorClassifier):
 
         self.stem = ConvStem(in_chans, dim)
         self.blocks = nn.Sequential(*(block() for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim)
+        self.norm: nn.Module = nn.LayerNorm(dim)
+        self.feature_info = [dict(num_chs=dim, reduction=4, module=f"blocks.{i}") for i in range(depth)]
         self.add_head(dim, num_classes, global_pool, drop_rate)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised tokens, (batch, tokens, dim)."""
         return self.norm(self.blocks(self.stem(x)))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: TokenFormat = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features and the tokens behind single blocks, or these alone, as timm's vision transformers give them.
+
+        Args:
+            indices: of the blocks; a number for that many of the last, None for all.
+            norm: pass the tokens through the last norm, too.
+            stop_early: take no block after the last one asked for.
+            output_fmt: "NCHW" for maps (batch, dim, ⌈h/4⌉, ⌈w/4⌉), "NLC" for tokens.
+            intermediates_only: leave the features out.
+
+        Raises:
+            ValueError: an unknown format.
+        """
+        if output_fmt not in get_args(TokenFormat):
+            raise ValueError(unknown("output_fmt", output_fmt, get_args(TokenFormat)))
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        size = [-(-side // 4) for side in x.shape[-2:]]
+        x, found = self.stem(x), []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = block(x)
+            if i in wanted:
+                tokens = self.norm(x) if norm else x
+                found.append(tokens.mT.unflatten(-1, size) if output_fmt == "NCHW" else tokens)
+        return found if intermediates_only else (self.norm(x), found)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what `forward_intermediates` of these blocks does not need; returns their indices."""
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
 
     def pool(self, x: Tensor) -> Tensor:
         """Mean token, or all of them."""
@@ -111,41 +161,47 @@ default_cfgs = make_default_cfgs(
 )
 
 
+def _transformer(
+    architecture: str, pretrained: bool, kwargs: dict[str, Any], shape: Mapping[str, Any] = NO_DEFAULTS
+) -> DSCTransformer:
+    return build(DSCTransformer, architecture, pretrained, kwargs, shape, stages="depth", feature_cls="getter")
+
+
 @register_model
 def dsc_vit_pico(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Four blocks of width 64, small enough to train on a CPU."""
-    return build(DSCTransformer, "dsc_vit_pico", pretrained, kwargs)
+    return _transformer("dsc_vit_pico", pretrained, kwargs)
 
 
 @register_model
 def dsc_vit_tiny(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Twelve blocks of width 192, three heads: the blocks of ViT-Tiny."""
     shape = dict(dim=192, depth=12, num_heads=3)
-    return build(DSCTransformer, "dsc_vit_tiny", pretrained, kwargs, shape)
+    return _transformer("dsc_vit_tiny", pretrained, kwargs, shape)
 
 
 @register_model
 def dsc_vit_small(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Twelve blocks of width 384, six heads: the blocks of ViT-Small."""
     shape = dict(dim=384, depth=12, num_heads=6)
-    return build(DSCTransformer, "dsc_vit_small", pretrained, kwargs, shape)
+    return _transformer("dsc_vit_small", pretrained, kwargs, shape)
 
 
 @register_model
 def dsc_crate_pico(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Four blocks of CRATE, width 64: subspace attention, one step over a square dictionary from the token on."""
     crate = dict(attention="subspace", atoms_ratio=1, residual=False, steps=1)
-    return build(DSCTransformer, "dsc_crate_pico", pretrained, kwargs, crate)
+    return _transformer("dsc_crate_pico", pretrained, kwargs, crate)
 
 
 @register_model
 def dsc_attn_pico(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Six blocks of attention and prox, width 64."""
-    return build(DSCTransformer, "dsc_attn_pico", pretrained, kwargs, dict(depth=6, atoms_ratio=None, steps=1))
+    return _transformer("dsc_attn_pico", pretrained, kwargs, dict(depth=6, atoms_ratio=None, steps=1))
 
 
 @register_model
 def dsc_attn_tiny(pretrained: bool = False, **kwargs: Any) -> DSCTransformer:
     """Twelve blocks of attention and prox, width 192, three heads."""
     shape = dict(dim=192, depth=12, num_heads=3, atoms_ratio=None, steps=1)
-    return build(DSCTransformer, "dsc_attn_tiny", pretrained, kwargs, shape)
+    return _transformer("dsc_attn_tiny", pretrained, kwargs, shape)
