@@ -180,9 +180,7 @@ class Task(LightningModule):
         if stage == "fit" and starts_from_images and not self.starts_trained:
             sample = self._from_data("sample")
             if sample is None:
-                raise ValueError(
-                    f"{self.architecture} starts from images: train with data that has sample(n), as ImageData"
-                )
+                raise ValueError(f"{self.architecture} starts from images: its data needs sample(n), as ImageData has")
             self.model.initialize(sample(INITIAL_IMAGES).float())  # type: ignore[operator]
 
     def on_fit_start(self) -> None:
@@ -193,6 +191,8 @@ class Task(LightningModule):
                 "rates do not fit: give the same trainer.max_epochs (and data), or train on in a new run that starts "
                 "from its weights, --model.initial_checkpoint RUN/best"
             )
+        if steps == float("inf") and any(regularizer.warmup for regularizer in self.regularizers):
+            raise ValueError("a warm-up is a fraction of the run: give trainer.max_epochs or trainer.max_steps")
         self._planned_steps = steps
         # Drawn anew for each epoch, so that a resumed run draws what the unbroken one would have.
         self._seed = torch.initial_seed()

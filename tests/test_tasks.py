@@ -292,7 +292,7 @@ def test_a_users_own_data_trains_without_figures_of_convergence():
 
 def test_a_model_that_starts_from_images_says_what_its_data_lacks():
     task = classifier(Plain(), "dsc_speed", {"channels": (4, 8)})
-    with pytest.raises(ValueError, match=r"dsc_speed starts from images: .* sample\(n\)"):
+    with pytest.raises(ValueError, match=r"dsc_speed starts from images: its data needs sample\(n\)"):
         Trainer(max_epochs=1, **QUIET).fit(task, Plain())
 
 
@@ -397,6 +397,12 @@ def test_warm_up_follows_the_run_and_a_targets_weight_is_kept(tmp_path):
     resume = torch.load(tmp_path / "digits/1/resume/last.ckpt", weights_only=True)
     weight = resume["state_dict"]["regularizers.0.weight"].item()
     assert 0.5 < weight <= 0.5 * np.exp(0.02 * 2) * (1 + 1e-6)  # two of the four steps come after the warm-up
+
+
+def test_a_warm_up_needs_an_end():
+    task = classifier(Plain(), lr_scheduler=None, regularizers=[L1(weight=0.1, warmup=0.5)])
+    with pytest.raises(ValueError, match="warm-up is a fraction of the run: give trainer.max_epochs"):
+        Trainer(max_epochs=-1, max_time={"seconds": 1}, **QUIET).fit(task, Plain())
 
 
 def test_progress_is_the_fraction_of_steps_behind(digits, monkeypatch):
