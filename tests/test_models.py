@@ -438,7 +438,7 @@ def test_an_entrys_defaults_give_way(given, expected):
 
 def test_none_is_an_argument_like_any_other():
     assert models._build.with_defaults({"atoms_ratio": None}, {"atoms_ratio": 1}) == {"atoms_ratio": None}
-    attention = models.transformer.dsc_crate_pico(atoms_ratio=None, residual=True, steps=2)  # timm drops a None
+    attention = models.transformer.dsc_crate_pico(atoms_ratio=None, residual=True)  # timm drops a None
     assert not [module for module in attention.modules() if isinstance(module, SparseCoding)]
 
 
