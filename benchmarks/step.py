@@ -110,15 +110,15 @@ def row(case: Case, repeats: int, half: bool, fused: bool) -> tuple[str, ...]:
         if fused:
             calls[kind, "compiled"] = training_pass(case, half, fused, **args)
     seconds = interleaved(calls, repeats)
-
-    def over(kind: str, way: str, scale: float, digits: int) -> str:
-        return f"{seconds[kind, way] / scale:.{digits}f}" if kind in kinds else ""
-
-    ms = (over(kind, "eager", 1e-3 * case.batch, 3) for kind in KINDS)
-    speed = over("twin", "eager", seconds["sparse", "eager"], 2)
     ways = ("eager", "compiled") if fused else ("eager",)
-    ratios = (over(kind, way, seconds.get((kind, "floor"), 1), 2) for way in ways for kind in KINDS)
-    return str(case), *ms, speed, *ratios
+    cells = {
+        kind: [f"{1e3 * seconds[kind, 'eager'] / case.batch:.3f}"]
+        + [f"{seconds[kind, way] / seconds[kind, 'floor']:.2f}" for way in ways]
+        for kind in kinds
+    }
+    speed = f"{seconds['twin', 'eager'] / seconds['sparse', 'eager']:.2f}" if "twin" in kinds else ""
+    (ms, *ratios), (twins, *twins_ratios) = (cells.get(kind, [""] * (1 + len(ways))) for kind in KINDS)
+    return str(case), ms, twins, speed, *(cell for pair in zip(ratios, twins_ratios, strict=True) for cell in pair)
 
 
 def is_unrolled(model: nn.Module) -> bool:
