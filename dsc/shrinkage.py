@@ -60,7 +60,12 @@ def elastic(z: Tensor, threshold: Threshold, l1_ratio: float = 0.5) -> Tensor:
 def group_relu(z: Tensor, threshold: Threshold, group_size: int, dim: int = 1) -> Tensor:
     """Group shrinkage ``max(1 − t/‖z_g‖, 0) z_g`` over groups of `group_size` consecutive entries of `dim`."""
     groups, inner = grouped(z, group_size, dim), dim % z.ndim + 1
-    return (groups * _shrinkage(groups, threshold, inner)).flatten(inner - 1, inner)
+    if z.stride(dim) != 1 or inner == z.ndim:
+        return (groups * _shrinkage(groups, threshold, inner)).flatten(inner - 1, inner)
+    # Channels last in memory: with all that is computed between in that order too, it takes half the time.
+    if isinstance(threshold, Tensor) and threshold.ndim:
+        threshold = threshold[(None,) * (groups.ndim - threshold.ndim)].movedim((inner - 1, inner), (-2, -1))
+    return group_relu(z.movedim(dim, -1), threshold, group_size, -1).movedim(-1, dim)
 
 
 def group_relu_nonneg(z: Tensor, threshold: Threshold, group_size: int, dim: int = 1) -> Tensor:
@@ -70,8 +75,8 @@ def group_relu_nonneg(z: Tensor, threshold: Threshold, group_size: int, dim: int
 
 def sparse_group(z: Tensor, threshold: Threshold, group_size: int, l1_ratio: float = 0.5, dim: int = 1) -> Tensor:
     """Sparse-group shrinkage: `soft` at rt, then `group_relu` at (1 − r)t."""
-    groups, inner = soft(grouped(z, group_size, dim), l1_ratio * threshold), dim % z.ndim + 1
-    return (groups * _shrinkage(groups, (1 - l1_ratio) * threshold, inner)).flatten(inner - 1, inner)
+    entries = soft(grouped(z, group_size, dim), l1_ratio * threshold).flatten(dim % z.ndim, dim % z.ndim + 1)
+    return group_relu(entries, (1 - l1_ratio) * threshold, group_size, dim)
 
 
 def hard(z: Tensor, threshold: Threshold, bandwidth: float = 0.05) -> Tensor:
@@ -101,7 +106,8 @@ def jump_relu(z: Tensor, threshold: Threshold, bandwidth: float = 0.05) -> Tenso
 
 
 def _kept(z: Tensor, threshold: Tensor, two_sided: bool) -> Tensor:
-    return z * (z.abs() > threshold) if two_sided else z.masked_fill(z <= threshold, 0)  # -inf too becomes 0
+    # `masked_fill` would give up channels-last memory.
+    return z * (z.abs() > threshold) if two_sided else torch.where(z <= threshold, 0, z)  # -inf too becomes 0
 
 
 class _Jump(torch.autograd.Function):
@@ -122,10 +128,10 @@ class _Jump(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         z, threshold = ctx.saved_tensors
         size = z.abs() if ctx.two_sided else z
-        near = grad.masked_fill((size - threshold).abs() >= ctx.bandwidth / 2, 0)
+        near = torch.where((size - threshold).abs() < ctx.bandwidth / 2, grad, 0)
         near = near * z.sign() if ctx.two_sided else near
         slope = (near * threshold).sum_to_size(threshold.shape) / -ctx.bandwidth
-        return grad.masked_fill(size <= threshold, 0), slope.to(threshold.dtype), None, None
+        return torch.where(size <= threshold, 0, grad), slope.to(threshold.dtype), None, None
 
 
 def top_k(z: Tensor, k: int, dim: int = 1, nonneg: bool = False) -> Tensor:
@@ -140,7 +146,7 @@ def top_k(z: Tensor, k: int, dim: int = 1, nonneg: bool = False) -> Tensor:
     else:
         largest = z.detach().abs().topk(k, dim, sorted=False).indices
         values = z.gather(dim, largest)
-    return torch.zeros_like(z).scatter(dim, largest, values)
+    return torch.zeros_like(z).scatter_(dim, largest, values)
 
 
 def group_top_k(z: Tensor, k: int, group_size: int, dim: int = 1, nonneg: bool = False) -> Tensor:

@@ -204,6 +204,21 @@ def test_channels_lie_along_the_dimension_given(name):
         torch.testing.assert_close(prox.penalty(prox(moved)), first.penalty(first(z)))
 
 
+@pytest.mark.parametrize("kind", [None, "several"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_in_memory_changes_no_code_and_no_gradient(name, kind):
+    kind = kind if PROX[name].has_threshold else None
+    prox = make(name, threshold=thresholds(name, kind)).double()
+    weights = signals(*SHAPES[1])
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        z = signals(*SHAPES[1]).contiguous(memory_format=memory_format).requires_grad_()
+        code = prox(z, 0.9)
+        assert code.is_contiguous(memory_format=memory_format)
+        results.append((code, *torch.autograd.grad((code * weights).sum(), z)))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if GROUPED[name]])
 def test_number_of_groups_equals_their_size(name):
     z, t = signals(*SHAPES[1]), {"threshold": [0.2, 0.6]} if PROX[name].has_threshold else {}
