@@ -19,7 +19,7 @@ name                formula                                   prox of           
 
 Where the penalty is not convex, ties have several minimisers: an entry at the threshold becomes 0.
 
-Groups g are equal, consecutive entries along `dim`; a norm below 2e-13 (3e-103 in double precision) counts as that. A
+Groups g are equal, consecutive entries along `dim`; no norm counts as less than 2e-13 (3e-103 in double precision). A
 `threshold` is a number or a tensor that broadcasts with the entries, or for groups with their norms, whose `dim` is
 (groups, 1). Each function returns a tensor of the shape of z.
 
@@ -210,5 +210,5 @@ def _shrinkage(groups: Tensor, threshold: Threshold, dim: int) -> Tensor:
     if groups.device.type != "cpu":
         inverse = group_norm(groups, dim).clamp_min(least).reciprocal()
     else:
-        inverse = _energy(groups, dim).clamp_min(least**2).rsqrt()  # in few passes: they add up over a solver's steps
+        inverse = (_energy(groups, dim) + least**2).rsqrt()  # in few passes: they add up over a solver's steps
     return F.relu(1 - threshold * inverse).to(groups.dtype)
