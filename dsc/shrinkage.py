@@ -59,13 +59,7 @@ def elastic(z: Tensor, threshold: Threshold, l1_ratio: float = 0.5) -> Tensor:
 
 def group_relu(z: Tensor, threshold: Threshold, group_size: int, dim: int = 1) -> Tensor:
     """Group shrinkage ``max(1 − t/‖z_g‖, 0) z_g`` over groups of `group_size` consecutive entries of `dim`."""
-    groups, inner = grouped(z, group_size, dim), dim % z.ndim + 1
-    if z.stride(dim) != 1 or inner == z.ndim:
-        return (groups * _shrinkage(groups, threshold, inner)).flatten(inner - 1, inner)
-    # Channels last in memory: all that is computed between gets that order, too, and is not turned over, which is slow.
-    if isinstance(threshold, Tensor) and threshold.ndim:
-        threshold = threshold[(None,) * (groups.ndim - threshold.ndim)].movedim((inner - 1, inner), (-2, -1))
-    return group_relu(z.movedim(dim, -1), threshold, group_size, -1).movedim(-1, dim)
+    return _shrink_groups(grouped(z, group_size, dim), threshold, dim % z.ndim + 1)
 
 
 def group_relu_nonneg(z: Tensor, threshold: Threshold, group_size: int, dim: int = 1) -> Tensor:
@@ -75,8 +69,8 @@ def group_relu_nonneg(z: Tensor, threshold: Threshold, group_size: int, dim: int
 
 def sparse_group(z: Tensor, threshold: Threshold, group_size: int, l1_ratio: float = 0.5, dim: int = 1) -> Tensor:
     """Sparse-group shrinkage: `soft` at rt, then `group_relu` at (1 − r)t."""
-    entries = soft(grouped(z, group_size, dim), l1_ratio * threshold).flatten(dim % z.ndim, dim % z.ndim + 1)
-    return group_relu(entries, (1 - l1_ratio) * threshold, group_size, dim)
+    groups = soft(grouped(z, group_size, dim), l1_ratio * threshold)
+    return _shrink_groups(groups, (1 - l1_ratio) * threshold, dim % z.ndim + 1)
 
 
 def hard(z: Tensor, threshold: Threshold, bandwidth: float = 0.05) -> Tensor:
@@ -128,7 +122,7 @@ class _Jump(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         z, threshold = ctx.saved_tensors
         size = z.abs() if ctx.two_sided else z
-        near = torch.where((size - threshold).abs() < ctx.bandwidth / 2, grad, 0)
+        near = torch.where((size - threshold).abs() >= ctx.bandwidth / 2, 0, grad)
         near = near * z.sign() if ctx.two_sided else near
         slope = (near * threshold).sum_to_size(threshold.shape) / -ctx.bandwidth
         return torch.where(size <= threshold, 0, grad), slope.to(threshold.dtype), None, None
@@ -202,6 +196,18 @@ def _energy(groups: Tensor, dim: int) -> Tensor:
 
 def _wide(groups: Tensor) -> torch.dtype:
     return torch.promote_types(groups.dtype, torch.float32)
+
+
+def _shrink_groups(groups: Tensor, threshold: Threshold, dim: int) -> Tensor:
+    """The groups, along `dim`, times their shrinkage, flattened to channels again."""
+    if groups.stride(dim) != 1:
+        return (groups * _shrinkage(groups, threshold, dim)).flatten(dim - 1, dim)
+    # Channels last in memory: all that is computed between gets that order, too, and is not turned over, which is slow.
+    ends = (dim - 1, dim), (-2, -1)
+    if isinstance(threshold, Tensor) and threshold.ndim:
+        threshold = threshold[(None,) * (groups.ndim - threshold.ndim)].movedim(*ends)
+    rows = groups.movedim(*ends)
+    return (rows * _shrinkage(rows, threshold, -1)).flatten(-2).movedim(-1, dim - 1)
 
 
 def _shrinkage(groups: Tensor, threshold: Threshold, dim: int) -> Tensor:
